@@ -47,6 +47,20 @@ def owners(scene: Scene, clip: Clip) -> Tensor:
     return torch.where(cover > 0.25, shapes[thing], 0).byte()
 
 
+NOTHING = 255
+"""Among `owners_of_words`: a word that describes no place."""
+
+
+def owners_of_words(caption: str, length: int, before: int = 0) -> Tensor:
+    """What each token of a caption describes, (length,), uint8, by the numbers of `owners`; NOTHING beyond its words.
+
+    before: tokens in front of the first word. Every word is one token.
+    """
+    described = Scene.parse(caption).described if caption else []
+    numbers = [NOTHING if of is None else SHAPES.index(of) + 1 if of else 0 for _, of in described]
+    return torch.tensor([NOTHING] * before + numbers + [NOTHING] * length, dtype=torch.uint8)[:length]
+
+
 def captions_of(job: Job) -> list[tuple[str, str]]:
     """Two captions of each scene: with all words, and without some of size, action and place."""
     random = Random(f"captions {job[0]}")

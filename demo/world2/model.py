@@ -5,6 +5,9 @@ Latents are (4, 32, 32). The UNet attends on 16x16 and 8x8 places, the transform
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
@@ -67,6 +70,48 @@ class ShapeReader(nn.Module):
         side = round(features.shape[1] ** 0.5)
         places = F.adaptive_max_pool2d(owner[:, None].float(), side).flatten().long()
         return F.cross_entropy(self.head(features).flatten(0, 1).float(), places)
+
+
+class WordReader:
+    """Measures in training whether cross-attention layers attend, from each place, to the words of what covers it.
+
+    Without it, a small model in few steps mixes the colours of several things. It has no weights.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        self._inputs: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._hooks = [layer.register_forward_pre_hook(self._keep, with_kwargs=True) for layer in layers]
+
+    def _keep(self, layer: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        text = given[1] if len(given) > 1 else named["encoder_hidden_states"]
+        self._inputs[layer] = given[0], text
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._inputs.clear()
+
+    def __call__(self, owner: Tensor, words: Tensor) -> Tensor:
+        """The mean of -log(attention, mean of heads, to the right words) of the last call.
+
+        owner: the shapes (clips, frames, LATENT_SIZE, LATENT_SIZE). words: what tokens describe, (clips, tokens).
+        """
+        return torch.stack([self._error(layer, *given, owner, words) for layer, given in self._inputs.items()]).mean()
+
+    @staticmethod
+    def _error(layer: Any, x: Tensor, text: Tensor, owner: Tensor, words: Tensor) -> Tensor:
+        norm_q, norm_k = (getattr(layer, name, None) or nn.Identity() for name in ("norm_q", "norm_k"))
+        q, k = (
+            norm(project(given)).unflatten(-1, (layer.heads, -1)).transpose(1, 2).float()
+            for norm, project, given in ((norm_q, layer.to_q, x), (norm_k, layer.to_k, text))
+        )
+        attention = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(1)
+        side = round((x.shape[1] / owner.shape[1]) ** 0.5)
+        places = F.adaptive_max_pool2d(owner.float(), side).flatten(1).byte()
+        right = places[:, :, None] == words[:, None]
+        told = right.any(-1) * area_weight(places)
+        errors = -((attention * right).sum(-1) + 1e-4).log()
+        return (told * errors).sum() / told.sum().clamp(min=1)
 
 
 def area_weight(owner: Tensor, more: float = 2.0) -> Tensor:

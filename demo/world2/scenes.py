@@ -108,6 +108,16 @@ class Scene:
         clutter = "" if self.clutter == "bare" else _WITH + self.clutter
         return f"{STYLES[self.style]}{things}{_ON}{self.background}{clutter}"
 
+    @property
+    def described(self) -> list[tuple[str, str | None]]:
+        """The caption's words with what each describes: a thing's shape, "" the ground, None the whole or nothing."""
+        found: list[tuple[str, str | None]] = [(word, None) for word in STYLES[self.style].split()]
+        for n, thing in enumerate(self.things):
+            found += [(word, None) for word in _FRONT.split() if n]
+            found += [(word, thing.shape) for word in thing.phrase().split()]
+        ground = self.background + ("" if self.clutter == "bare" else _WITH + self.clutter)
+        return [*found, (_ON.strip(), None), *((word, "") for word in ground.split())]
+
     @classmethod
     def parse(cls, caption: str) -> Scene:
         """The scene of a caption; ValueError for one outside the closed grammar."""

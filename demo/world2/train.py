@@ -29,12 +29,12 @@ from ..train import Painter, batch_of, noise_weight, save_checkpoint, standardis
 from ..train_video import draw_sigmas
 from ..training import Plan, Report, saved_step, train_weights
 from ..video_model import VideoPainter, save_video_model
-from .data import Latents, rendered
-from .model import TEXT_TOKENS, ShapeReader, area_weight, build_transformer, build_unet
+from .data import Latents, owners_of_words, rendered
+from .model import TEXT_TOKENS, ShapeReader, WordReader, area_weight, build_transformer, build_unet
 from .scenes import SIZE, VOCABULARY
 
 READING = 0.1
-"""Weight of the shape reader's error."""
+"""Weight of the readers' errors."""
 LENGTHS, SHARES = (1, 9, 17), ((0.7, 0.2, 0.1), (0.3, 0.35, 0.35))
 """Lengths of the transformer's clips, and their shares of the steps in the first and the second half."""
 
@@ -84,12 +84,29 @@ class Settings:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Run:
+    """What a training writes and uses.
+
+    out: folder for `unet`, a whole checkpoint, and `wan`, whose autoencoder is that of `unet` if it is there. state:
+    folder of what is rendered, and from which a stopped training resumes. parts: of "unet", "wan". workers: processes
+    that render. start: folder of finished models, laid out like `out`, from whose weights to start; the autoencoder is
+    kept.
+    """
+
+    out: Path
+    state: Path
+    parts: Sequence[str] = ("unet", "wan")
+    workers: int = 1
+    start: Path | None = None
+
+
 # --- the autoencoder --------------------------------------------------------------------
 
 
-def load_vae() -> AutoencoderKL:
-    """The demo's autoencoder."""
-    found: AutoencoderKL = AutoencoderKL.from_pretrained(DEMO / "vae")
+def load_vae(folder: Path = DEMO / "vae") -> AutoencoderKL:
+    """The demo's autoencoder, or another."""
+    found: AutoencoderKL = AutoencoderKL.from_pretrained(folder)
     found.register_to_config(sample_size=SIZE)
     return found.float()
 
@@ -140,15 +157,22 @@ def grown(latents: Latents, settings: Settings, step: int) -> int:
 
 
 class Captions:
-    """Token ids of a growing set's captions, two each, and of the empty one."""
+    """Token ids of a growing set's captions, two each, and of the empty one, with `owners_of_words`.
 
-    def __init__(self, latents: Latents, ids_of: Callable[[list[str]], tuple[Tensor, ...]]) -> None:
+    before: tokens in front of the first word.
+    """
+
+    def __init__(self, latents: Latents, tokens_of: Callable[[list[str]], tuple[Tensor, ...]], before: int = 0) -> None:
+        def ids_of(captions: list[str]) -> tuple[Tensor, ...]:
+            found = tokens_of(captions)
+            return *found, torch.stack([owners_of_words(text, found[0].shape[1], before) for text in captions])
+
         self.latents, self.ids_of = latents, ids_of
         self.empty = ids_of([""])
         self.ids = [ids[:0].unflatten(0, (-1, 2)) for ids in ids_of(["", ""])]
 
     def at(self, chosen: Tensor, none: Tensor, random: torch.Generator) -> list[Tensor]:
-        """The ids of a caption of each chosen scene, with all words in every second."""
+        """The ids and owners of a caption of each chosen scene, with all words in every second."""
         known = len(self.ids[0])
         if known < len(self.latents.captions):
             new = self.ids_of([caption for pair in self.latents.captions[known:] for caption in pair])
@@ -160,11 +184,20 @@ class Captions:
         ]
 
 
-def train_unet(pictures: Latents, state: Path, settings: Settings, device: torch.device, report: Report) -> Painter:
+def start_from(folder: Path | None, **networks: nn.Module) -> None:
+    """Load the weights of a finished model into networks, which are named like its folders."""
+    for name, network in networks.items():
+        if folder:
+            network.load_state_dict(type(network).from_pretrained(folder / name).state_dict())  # type: ignore[attr-defined]
+
+
+def train_unet(run: Run, pictures: Latents, settings: Settings, device: torch.device, report: Report) -> Painter:
     """Predict epsilon as in the demo world, with more weight on things, and shapes read from places of 16x16."""
     torch.manual_seed(settings.seed)
-    tokenizer = demo.build_tokenizer(state / "tokenizer", VOCABULARY)
-    live = Painter(tokenizer, build_unet()).to(device).train()
+    tokenizer = demo.build_tokenizer(run.state / "tokenizer", VOCABULARY)
+    live = Painter(tokenizer, build_unet())
+    start_from(run.start and run.start / "unet", unet=live.unet, text_encoder=live.text)
+    live.to(device).train()
     if device.type == "cpu":
         live.unet.set_attn_processor(AttnProcessor())  # fused kernels take half as long again with heads this narrow
     reader = ShapeReader(live.unet.up_blocks[0], live.unet.config["block_out_channels"][-1]).to(device)
@@ -178,7 +211,7 @@ def train_unet(pictures: Latents, state: Path, settings: Settings, device: torch
         noise = torch.randn(latents.shape, generator=random).to(device)
         t = torch.randint(1000, (len(latents),), generator=random)
         none = torch.rand(len(latents), generator=random) < settings.text_dropout
-        (text,) = captions.at(chosen, none, random)
+        text, _ = captions.at(chosen, none, random)
         signal, t = alphas[t.to(device)].view(-1, 1, 1, 1), t.to(device)
         with torch.autocast(device.type, torch.bfloat16):
             states = live.text(text.to(device)).last_hidden_state
@@ -189,19 +222,22 @@ def train_unet(pictures: Latents, state: Path, settings: Settings, device: torch
         (weighted.mean() + READING * reading).backward()
         return error.mean().detach()
 
-    train_read(live, reader, settings.plan("unet", state / "painter.safetensors"), error_of, report)
+    train_read(live, reader, settings.plan("unet", run.state / "painter.safetensors"), error_of, report)
     return live
 
 
 def train_transformer(
-    pictures: Latents, clips: Latents, state: Path, settings: Settings, device: torch.device, report: Report
+    run: Run, pictures: Latents, clips: Latents, settings: Settings, device: torch.device, report: Report
 ) -> tuple[VideoPainter, video_model.T5Tokenizer]:
     """Predict velocity as in the demo world, of pictures and of clips."""
     torch.manual_seed(settings.seed)
     tokenizer = video_model.build_tokenizer(VOCABULARY, TEXT_TOKENS)
-    live = VideoPainter(tokenizer, build_transformer()).to(device).train()
+    live = VideoPainter(tokenizer, build_transformer())
+    start_from(run.start and run.start / "wan", transformer=live.transformer, text_encoder=live.text)
+    live.to(device).train()
     blocks = live.transformer.blocks
     reader = ShapeReader(blocks[len(blocks) // 2], 160).to(device)
+    words = WordReader(block.attn2 for block in blocks[1 : len(blocks) // 2 + 1])
     for data in (pictures, clips):
         grown(data, settings, 0)
     sets = {data: Captions(data, partial(video_model.token_ids, tokenizer)) for data in (pictures, clips)}
@@ -218,16 +254,17 @@ def train_transformer(
         owners = owners[:, first : first + length].to(device)
         sigmas, none = draw_sigmas(len(x), settings.text_dropout, random)
         noise = torch.randn(x.shape, generator=random).to(device)
-        text = [ids.to(device) for ids in sets[data].at(chosen, none, random)]
+        *text, told = (ids.to(device) for ids in sets[data].at(chosen, none, random))
         s = sigmas.to(device).view(-1, 1, 1, 1, 1)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             velocity = live((1 - s) * x + s * noise, s.flatten(), *text)
-            reading = reader(owners.flatten(0, 1))
+            reading = reader(owners.flatten(0, 1)) + words(owners, told)
         error = (velocity.float() - (noise - x)) ** 2
         ((area_weight(owners)[:, None] * error).mean() + READING * reading).backward()
         return error.mean().detach()
 
-    train_read(live, reader, settings.plan("transformer", state / "transformer.safetensors"), error_of, report)
+    train_read(live, reader, settings.plan("transformer", run.state / "transformer.safetensors"), error_of, report)
+    words.remove()
     return live, tokenizer
 
 
@@ -244,21 +281,6 @@ def train_read(
 # --- the whole --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a training writes and uses.
-
-    out: folder for `unet`, a whole checkpoint, and `wan`, whose autoencoder is that of `unet` if it is there. state:
-    folder of what is rendered, and from which a stopped training resumes. parts: of "unet", "wan". workers: processes
-    that render.
-    """
-
-    out: Path
-    state: Path
-    parts: Sequence[str] = ("unet", "wan")
-    workers: int = 1
-
-
 def train(run: Run, settings: Settings, device: torch.device, report: Report = print) -> None:
     """Train the autoencoder, unless the state has it, and the given parts."""
     out, state, parts, workers = run.out, run.state, run.parts, run.workers
@@ -270,7 +292,10 @@ def train(run: Run, settings: Settings, device: torch.device, report: Report = p
             work = stack.enter_context(pool).imap
         vae, trained = load_vae(), state / "vae.safetensors"
         if not trained.exists():
-            vae = train_vae(crops_of(settings, work), state, settings, device, report)
+            if run.start:
+                vae = load_vae(run.start / "unet" / "vae")
+            else:
+                vae = train_vae(crops_of(settings, work), state, settings, device, report)
             save_file({name: weight.cpu().contiguous() for name, weight in vae.state_dict().items()}, trained)
         vae.load_state_dict(load_file(trained))
         vae = vae.to(device, memory_format=torch.channels_last).eval()
@@ -278,10 +303,10 @@ def train(run: Run, settings: Settings, device: torch.device, report: Report = p
         pictures = Latents(folder, vae, False, settings.seed, part, 1 if part < 25 else 40, work)
         clips = Latents(folder, vae, True, settings.seed, min(part, 5), 1 if part < 25 else 20, work)
         if "unet" in parts:
-            painter = train_unet(pictures, state, settings, device, report)
+            painter = train_unet(run, pictures, settings, device, report)
             save_checkpoint(out / "unet", vae, painter, VOCABULARY)
         if "wan" in parts:
-            live, tokenizer = train_transformer(pictures, clips, state, settings, device, report)
+            live, tokenizer = train_transformer(run, pictures, clips, settings, device, report)
             save_video_model(out / "wan", live, tokenizer)
             if not (out / "unet" / "vae").is_dir():
                 deepcopy(vae).cpu().half().save_pretrained(out / "wan" / "vae", safe_serialization=True)
@@ -304,14 +329,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--part", choices=("unet", "wan"), help="train only this model")
     parser.add_argument("--minutes", type=float, help="minutes for each model, instead of a number of steps")
     parser.add_argument("--now", action="store_true", help="write the models of unfinished trainings")
+    parser.add_argument("--steps", type=int, help="steps of each model, instead of those that are set")
+    parser.add_argument("--start", type=Path, help="folder of finished models, whose training to go on with")
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes; to go on, one that is not yet used (0)")
+    parser.add_argument(
+        "--compile", action="store_true", help="fuse the transformer's operations; needs a C++ compiler"
+    )
     parser.add_argument("--tiny", action="store_true", help="two steps of each, to try it")
     parser.add_argument("--workers", type=int, default=1, help="processes that render")
     given = parser.parse_args(arguments)
-    device, settings = torch.device(given.device), Settings(minutes=given.minutes)
+    device, settings = torch.device(given.device), Settings(given.seed, minutes=given.minutes)
     settings = settings.on_cpu() if device.type == "cpu" else settings
+    if given.steps:
+        settings = replace(settings, unet_steps=given.steps, steps=given.steps)
     settings = settings.tiny() if given.tiny else settings
     parts = (given.part,) if given.part else ("unet", "wan")
-    run = Run(given.out, given.state or given.out / "state", parts, given.workers)
+    run = Run(given.out, given.state or given.out / "state", parts, given.workers, given.start)
     if given.now:
         settings = as_far_as(run, settings)
     train(run, settings, device, lambda line: print(line, flush=True))
