@@ -201,7 +201,8 @@ def train_unet(run: Run, pictures: Latents, settings: Settings, device: torch.de
     if device.type == "cpu":
         live.unet.set_attn_processor(AttnProcessor())  # fused kernels take half as long again with heads this narrow
     reader = ShapeReader(live.unet.up_blocks[0], live.unet.config["block_out_channels"][-1]).to(device)
-    captions = Captions(pictures, lambda texts: (demo.token_ids(tokenizer, texts),))
+    words = WordReader(layer for name, layer in live.unet.up_blocks.named_modules() if name.endswith("attn2"))
+    captions = Captions(pictures, lambda texts: (demo.token_ids(tokenizer, texts),), before=1)
     alphas = demo.build_scheduler().alphas_cumprod.to(device)
     grown(pictures, settings, 0)
 
@@ -211,18 +212,18 @@ def train_unet(run: Run, pictures: Latents, settings: Settings, device: torch.de
         noise = torch.randn(latents.shape, generator=random).to(device)
         t = torch.randint(1000, (len(latents),), generator=random)
         none = torch.rand(len(latents), generator=random) < settings.text_dropout
-        text, _ = captions.at(chosen, none, random)
+        text, told = (ids.to(device) for ids in captions.at(chosen, none, random))
         signal, t = alphas[t.to(device)].view(-1, 1, 1, 1), t.to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            states = live.text(text.to(device)).last_hidden_state
+            states = live.text(text).last_hidden_state
             predicted = live.unet(signal.sqrt() * latents + (1 - signal).sqrt() * noise, t, states).sample
-            reading = reader(owners)
+            reading = reader(owners) + words(owners[:, None], told)
         error = (predicted.float() - noise) ** 2
         weighted = noise_weight(signal) * area_weight(owners)[:, None] * error
         (weighted.mean() + READING * reading).backward()
         return error.mean().detach()
 
-    train_read(live, reader, settings.plan("unet", run.state / "painter.safetensors"), error_of, report)
+    train_read(live, (reader, words), settings.plan("unet", run.state / "painter.safetensors"), error_of, report)
     return live
 
 
@@ -263,18 +264,25 @@ def train_transformer(
         ((area_weight(owners)[:, None] * error).mean() + READING * reading).backward()
         return error.mean().detach()
 
-    train_read(live, reader, settings.plan("transformer", run.state / "transformer.safetensors"), error_of, report)
-    words.remove()
+    train_read(
+        live, (reader, words), settings.plan("transformer", run.state / "transformer.safetensors"), error_of, report
+    )
     return live, tokenizer
 
 
 def train_read(
-    live: nn.Module, reader: ShapeReader, plan: Plan, error_of: Callable[[int], Tensor], report: Report
+    live: nn.Module,
+    readers: tuple[ShapeReader, WordReader],
+    plan: Plan,
+    error_of: Callable[[int], Tensor],
+    report: Report,
 ) -> None:
-    """Train networks together with the reader of shapes in them, which is then removed."""
-    weights = dict(live.named_parameters()) | {f"reader.{name}": p for name, p in reader.named_parameters()}
+    """Train networks together with the readers in them, which are then removed."""
+    shapes, words = readers
+    weights = dict(live.named_parameters()) | {f"reader.{name}": p for name, p in shapes.named_parameters()}
     train_weights(weights, plan, error_of, report)
-    reader.remove()
+    shapes.remove()
+    words.remove()
     live.eval()
 
 
@@ -332,9 +340,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="steps of each model, instead of those that are set")
     parser.add_argument("--start", type=Path, help="folder of finished models, whose training to go on with")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes; to go on, one that is not yet used (0)")
-    parser.add_argument(
-        "--compile", action="store_true", help="fuse the transformer's operations; needs a C++ compiler"
-    )
     parser.add_argument("--tiny", action="store_true", help="two steps of each, to try it")
     parser.add_argument("--workers", type=int, default=1, help="processes that render")
     given = parser.parse_args(arguments)
