@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 GUIDANCE = "guidance"
 """The name of a guidance scale among the extras."""
-PICTURES = ("picture", "seen", "guides")
+FIRST = "first"
+"""The name of a clean first latent among the extras, (1, c, h, w), which every call keeps."""
+PICTURES = (FIRST, "picture", "seen", "guides")
 """The names of the clip's frames among the extras; source and edit may have different ones."""
 
 
@@ -42,6 +44,11 @@ class Condition:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.embeddings, *self.extras.values()))
 
+    @property
+    def held_frames(self) -> int:
+        """The latent frames, from the first on, that are given instead of predicted."""
+        return int(FIRST in self.extras)
+
     def with_guidance(self, scale: float) -> Condition:
         """The condition with a guidance scale, for models that take it as an input (distilled guidance)."""
         return replace(self, extras={**self.extras, GUIDANCE: self.embeddings.new_tensor([scale])})
@@ -57,7 +64,9 @@ class Condition:
         return replace(self, extras={**self.extras, **own})
 
     def to(self, like: Tensor) -> Condition:
-        """The condition on the device and in the dtype of a tensor."""
-        return replace(
-            self, embeddings=self.embeddings.to(like), extras={k: v.to(like) for k, v in self.extras.items()}
-        )
+        """The condition on the device and in the dtype of a tensor; whole numbers stay whole."""
+        extras = {
+            name: value.to(like) if value.is_floating_point() else value.to(like.device)
+            for name, value in self.extras.items()
+        }
+        return replace(self, embeddings=self.embeddings.to(like), extras=extras)

@@ -185,6 +185,8 @@ class EditRun:
         smoothed = self.smoothing.smoothed(video, video_of(self.store, source), self.store.key_frames.everyone)
         if smoothed is video:
             return predicted
+        held = self.target.held_frames
+        smoothed[:held] = video[:held]
         smoothed = with_video(self.store, clean, smoothed)
         return predicted._replace(noise=self.schedule.towards(z, smoothed, level), source=None)
 

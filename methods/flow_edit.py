@@ -140,7 +140,8 @@ class DrawnNoise:
             found.append(predict(run.branches(z + (noises[level].to(z.device) - first), step, store)))
         noise, source = (torch.stack([getattr(p, name) for p in found]).mean(0) for name in ("noise", "source"))
         if self.settings.gain != 1:
-            noise = source + self.settings.gain * (noise - source)
+            held = run.target.held_frames
+            noise[held:] = source[held:] + self.settings.gain * (noise[held:] - source[held:])
         return found[0]._replace(noise=noise, source=source)
 
     def source_prediction(self, branches: Branches, source: SourceStep) -> Tensor | None:

@@ -39,7 +39,7 @@ of an inpainting UNet."""
 
 PICTURES = frozenset({
     "c_concat", "clip_fea", "denoise_mask", "reference_latent", "context_latents", "time_dim_concat", "vace_context",
-    "camera_conditions", "face_pixel_values", "pose_latents", "ref_latents", KEYFRAMES,
+    "camera_conditions", "face_pixel_values", "pose_latents", "ref_latents", KEYFRAMES, "guide_attention_entries",
 })  # fmt: skip
 """The model inputs of pictures, their places, clips and control videos, which may differ between source and edit."""
 
@@ -140,10 +140,18 @@ def with_pictures_of(negative: Sequence[Any], edit: Sequence[Any], source: Seque
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two model inputs, tensors or lists of them, are equal."""
-    if isinstance(one, list):
+    """Whether two model inputs are equal: tensors, plain values, or lists and dicts of them."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(value, other[name]) for name, value in one.items())
+    if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(_same, one, other))
-    return one.shape == other.shape and bool((one == other).all())
+    if isinstance(one, Tensor):
+        return one.shape == other.shape and bool((one == other).all())
+    return bool(one == other)
 
 
 def check_read(conditions: Sequence[dict[str, Any]], socket: str, known: frozenset[str]) -> None:

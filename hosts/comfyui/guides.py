@@ -176,6 +176,12 @@ def check_guides(guides: Guides | None, conditions: Sequence[HostCondition]) -> 
             )
 
 
+def limits_frames(mask: Any, frames: int) -> bool:
+    """Whether a noise mask changes only a part of the first frames, instead of whole ones."""
+    levels = streams(mask)[0]
+    return bool((levels < 1).any()) if levels.ndim < 5 else _varies(levels[:, :, :frames])
+
+
 def _varies(levels: Tensor) -> bool:
     """Whether the mask of a frame has several values."""
     return bool((levels.amax((3, 4)) > levels.amin((3, 4))).any())

@@ -24,7 +24,7 @@ from .chunks import windowing
 from .conditions import HostCondition, plain_options
 from .denoiser import ComfyDenoiser
 from .families import hooked
-from .guides import Guides, split_latent, with_guides
+from .guides import Guides, limits_frames, split_latent, with_guides
 from .latents import Shapes, into_model, out_of_model, packed, packed_mask, shapes_of, streams, unpacked
 from .noise import Timesteps, check_samples, noise_of
 from .sampling import DDIMSampler, LoopGuider, check_quiet, run_in_host
@@ -241,6 +241,11 @@ def guided_by(store: HostStore, latent: Mapping[str, Any]) -> HostStore:
     if model is None:
         raise ValueError("store: is from a file, which has no guides: connect Invert Video or FlowEdit")
     video = streams(latent["samples"])[0]
+    if mask is not None and limits_frames(mask, video_shape(store)[0]):
+        raise ValueError(
+            "latent: its noise mask has several values in a frame, but only whole frames can be clean: connect the "
+            "mask to Edit Video"
+        )
     _, _, own = split_latent(model, video, None if mask is None else streams(mask)[0], source_of(store))
     if kept is None:
         if own is None:

@@ -10,6 +10,8 @@ from .hook import Hook, node_of
 from .noise import is_flow
 from .sameness import OWN_OPTION, ROOM, equal
 
+WINDOWS = "context_handler"
+"""The host's option with its Context Windows."""
 PAIR = f"{OWN_OPTION}_low_noise"
 """The option of a MODEL with its low-noise model, a `Pair`."""
 
@@ -17,12 +19,14 @@ PAIR = f"{OWN_OPTION}_low_noise"
 def paired(model: Any, low_noise: Any, boundary: float) -> Any:
     """A MODEL that another one replaces below a sigma, in FateZero's own sampling.
 
-    Raises ValueError for MODELs that are not flows of one architecture.
+    Raises ValueError for MODELs that are not flows of one architecture, and for windows of the second one only.
     """
     kinds = [(type(one.model), shapes_of_weights(one)) for one in (model, low_noise)]
     if kinds[0] != kinds[1] or not is_flow(model):
         names = " and ".join(type(one.model).__name__ for one in (model, low_noise))
         raise ValueError(f"low_noise: {names} are not two flow models of one architecture (Wan 2.2 14B)")
+    if low_noise.model_options.get(WINDOWS) is not None and model.model_options.get(WINDOWS) is None:
+        raise ValueError("low_noise: has Context Windows of its own: connect them after Wan 2.2 Pair, to both models")
     both = model.clone()
     both.model_options[PAIR] = Pair(model, low_noise, boundary)
     return both

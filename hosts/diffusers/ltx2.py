@@ -25,7 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...attention.condition import Condition
+from ...attention.condition import FIRST, Condition
 from ...models.ltx import LTX2, NATIVE_SIZE, TEXT_TOKENS, Words
 from .blocks import BlockDenoiser, kernel_of
 from .clips import WholeClip
@@ -33,7 +33,7 @@ from .flow import FlowModel
 from .hook import ControlledProcessor
 from .lora import lora_files
 from .lora_files import reference_downscale
-from .ltx2_frames import CONTROL, GUIDES, NUMBERS, PICTURE, STRENGTH, Call, extras_of, led_to_picture
+from .ltx2_frames import CONTROL, GUIDES, NUMBERS, STRENGTH, Call, extras_of, led_to_picture
 from .model import ClipFacts, LoadOptions
 from .model_files import CheckpointError
 from .network import Branch
@@ -184,7 +184,7 @@ class Ltx2(FlowModel, WholeClip):
         """
         found, latents = dict[str, Tensor](), {at: self._encoded(frame[None]) for at, frame in self._guides()}
         if 0 in latents:
-            found[PICTURE] = latents.pop(0)
+            found[FIRST] = latents.pop(0)
         if latents:
             found[GUIDES] = rearrange(torch.cat(list(latents.values())), "k c y x -> 1 c k y x")
             found[NUMBERS] = torch.tensor([list(latents)], device=self.device)

@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...attention.condition import Condition
+from ...attention.condition import FIRST, Condition
 from ...models.ltx import GUIDE_SEED
 
-PICTURE = "picture"
-"""The extra with the latent of a first frame, (1, c, h, w)."""
 GUIDES = "guides"
 """The extra with the latents of other frames, (1, c, k, h, w)."""
 NUMBERS = "guide_numbers"
@@ -52,7 +50,7 @@ class Call:
         timestep: of each row, (rows,). Without conditioning frames it is the timestep of all tokens, and positions are
         None, the transformer's own.
         """
-        picture, control = self.extras.get(PICTURE), self.extras.get(CONTROL)
+        picture, control = self.extras.get(FIRST), self.extras.get(CONTROL)
         if picture is None and control is None and GUIDES not in self.extras:
             return self.pack(self.clips), timestep, None
         clips, levels = self._with_first(picture)
@@ -111,7 +109,7 @@ class Call:
 
 def led_to_picture(velocity: Tensor, z: Tensor, condition: Condition, sigma: float, frames: Sequence[int]) -> Tensor:
     """A predicted velocity of latents (f, c, h, w), that of the first frame leading to its picture, if one is given."""
-    picture = condition.extras.get(PICTURE)
+    picture = condition.extras.get(FIRST)
     if picture is None or 0 not in frames:
         return velocity
     at = list(frames).index(0)

@@ -15,7 +15,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from ...attention.condition import Condition
+from ...attention.condition import FIRST, Condition
 from ...models.wan import WAN_I2V, WAN_VACE
 from .blocks import BlockDenoiser
 from .flow import FlowDenoiser, FlowModel
@@ -115,7 +115,7 @@ class WanImageToVideo(ConditionedWan):
     @cached_property
     @torch.no_grad()
     def inputs(self) -> dict[str, Tensor]:
-        """picture: the input for each latent frame, (1, channels, f, h, w). seen: CLIP's embedding, if the model takes
+        """picture: the input for each latent frame, (1, channels, f, h, w), or `FIRST`. seen: CLIP's embedding, if the model takes
         one. Raises ValueError without the clip's frames.
         """
         if self.facts.frames is None:
@@ -127,6 +127,8 @@ class WanImageToVideo(ConditionedWan):
             first, 1, channels, height * self.factor, width * self.factor, self.clip_frames, torch.float32,
             self.device, latents=torch.zeros(1, device=self.device), last_image=last[0] if last else None,
         )  # fmt: skip
+        if self._starts_clean:
+            return {FIRST: picture[:, :, 0]}
         if self.transformer.config["image_dim"] is None:
             return {"picture": picture}
         seen = self.pipeline.encode_image([Image.fromarray(one.numpy()) for one in pictures], self.device)
@@ -141,13 +143,17 @@ class WanImageToVideo(ConditionedWan):
     def velocities(
         self, clips: Tensor, texts: Tensor, extras: Mapping[str, Tensor], timestep: float, frames: Sequence[int]
     ) -> Tensor:
-        if self.pipeline.config.get("expand_timesteps"):
-            return self._with_first_latent(clips, texts, extras["picture"], timestep, frames)
+        if self._starts_clean:
+            return self._with_first_latent(clips, texts, extras[FIRST][:, :, None], timestep, frames)
         seen = extras.get("seen")
         if seen is not None:
             seen = seen.reshape(len(seen) * (2 if self._takes_last else 1), -1, seen.shape[-1])
         inputs = torch.cat([clips, extras["picture"][:, :, list(frames)]], 1)
         return self.called(inputs, self.times(timestep, len(clips)), texts, encoder_hidden_states_image=seen)
+
+    @property
+    def _starts_clean(self) -> bool:
+        return bool(self.pipeline.config.get("expand_timesteps"))
 
     @property
     def _takes_last(self) -> bool:

@@ -139,6 +139,17 @@ def test_a_pair_has_the_windows_of_its_first_model(host, folder):
     assert torch.equal(edited(host, graph), before)
 
 
+def test_windows_of_the_low_noise_model_only_are_refused(host, folder):
+    graph = LongGraph(folder=str(folder), kind="i2v")
+    other = graph.add("WanKind", kind=graph.kind, seed=1)
+    plain, graph.model = graph.model, other
+    low = windows(graph, cond_retain_index_list="0")
+    graph.model = plain
+    graph.both(graph.add("FateZeroWanPair", model=plain[0], low_noise=low, boundary=0.97)[0])
+    with pytest.raises(NodeError, match="low_noise: has Context Windows of its own"):
+        edited(host, graph)
+
+
 def test_tokens_inside_a_mask(host, folder):
     graph = LongGraph(folder=str(folder), kind="i2v")
     solid = graph.add("SolidMask", value=0.0, width=48, height=32)

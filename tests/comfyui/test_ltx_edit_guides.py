@@ -198,6 +198,17 @@ def without(graph: GuidedGraph) -> None:
     graph.guides = ()
 
 
+@pytest.mark.parametrize("guides", [(), ONE])
+def test_a_noise_mask_inside_frames_is_refused(host, guides):
+    graph = GuidedGraph(guides=guides, first=1.0)
+    node, latent = guided(graph)
+    mask = graph.add("SolidMask", value=0.5, width=64, height=64)
+    masked = graph.add("SetLatentNoiseMask", samples=latent, mask=mask[0])
+    graph.set(node, latent=masked[0])
+    with pytest.raises(NodeError, match="latent: its noise mask has several values in a frame.*mask to Edit Video"):
+        host.latents(graph.prompt, graph.edit[0])
+
+
 @pytest.mark.parametrize(
     ("guides", "change", "error"),
     [

@@ -23,7 +23,9 @@ from fatezero.hosts.diffusers.load import open_model
 from fatezero.hosts.diffusers.lora_files import LoraError, reference_downscale
 from fatezero.hosts.diffusers.model import ClipFacts
 from fatezero.hosts.diffusers.model_files import CheckpointError
+from fatezero.methods.flow_smoothing import FlowSmoothing
 from fatezero.methods.kv_edit import KVEditSettings
+from fatezero.video.motion import Motion
 from tests.flow_models import LTX23, write_ltx2
 from tests.small import relative
 
@@ -41,6 +43,8 @@ def pictures(seed, frames=PIXELS):
     return torch.randint(0, 256, (frames, HEIGHT * 32, WIDTH * 32, 3), dtype=torch.uint8, generator=generator)
 
 
+NO_FLOW, SEEN = torch.zeros(FRAMES - 1, 2, HEIGHT, WIDTH), torch.ones(FRAMES - 1, HEIGHT, WIDTH)
+STILL = Motion(NO_FLOW, NO_FLOW, SEEN, SEEN)
 CLIP, OTHER, VIDEO = pictures(1), pictures(1), pictures(3)
 OTHER[[0, AT]] = pictures(2, 2)
 
@@ -209,9 +213,14 @@ def test_a_fused_edit_is_that_of_a_loop(case, latents):
 
 def test_the_edits_first_frame_is_the_given_picture(plain, latents):
     case = Case(plain, FIRST, OTHER)
-    picture = case.own.inputs["picture"][0].double()
+    picture = case.own.inputs["first"][0].double()
     settings = (None, FusionSettings(0.7, 0.6))
-    for inversion in (case.draw(latents), case.invert(latents), case.invert(latents, order=2)):
+    for inversion in (
+        case.draw(latents),
+        case.draw(latents, gain=1.3, draws=2),
+        case.invert(latents),
+        case.invert(latents, order=2),
+    ):
         one, fused = (case.edit(inversion, one) for one in settings)
         for found in (one, fused):
             assert relative(found[0], picture) < 1e-5
@@ -219,6 +228,14 @@ def test_the_edits_first_frame_is_the_given_picture(plain, latents):
         same = Case(plain, FIRST).edit(inversion, settings[1])
         assert relative(same[0], latents[0]) < 1e-4
         assert relative(same[1:], fused[1:]) > 1e-3, "the picture acts on the other frames"
+
+
+def test_smoothing_keeps_the_given_picture(plain, latents):
+    case = Case(plain, FIRST, OTHER)
+    inversion = case.invert(latents)
+    one, smooth = case.edit(inversion), case.edit(inversion, smoothing=FlowSmoothing(0.8, STILL))
+    assert relative(smooth[0], case.own.inputs["first"][0].double()) < 1e-5
+    assert relative(smooth[1:], one[1:]) > 1e-3
 
 
 def test_the_same_prompt_and_frame_replay_the_clip(plain, latents):
@@ -273,7 +290,7 @@ def test_a_control_computes_the_models_attention(case, latents):
     extras = {
         name: part[:, :, 1:] if name == "control" else part
         for name, part in texts[SOURCE].extras.items()
-        if name not in ("picture", "guide_numbers")
+        if name not in ("first", "guide_numbers")
     }
     if "guides" in extras:  # the latents of the window begin at frame 8, and its first has one frame
         extras["guide_numbers"] = torch.tensor([[AT - 8]])
@@ -285,7 +302,7 @@ def test_half_precision(tmp_path, latents):
     model = open_model(str(write_ltx2(tmp_path)), dtype=torch.bfloat16)
     case, z = Case(model, EVERY, OTHER), latents.float()
     found = case.edit(case.invert(z), FusionSettings(0.7, 0.6))
-    assert relative(found[0], case.own.inputs["picture"][0]) < 1e-5
+    assert relative(found[0], case.own.inputs["first"][0]) < 1e-5
     assert torch.isfinite(found).all()
     assert relative(found[1:], z[1:]) > 1e-3
 
@@ -293,7 +310,7 @@ def test_half_precision(tmp_path, latents):
 def test_windows(plain, latents):
     case = Case(plain, BOTH, OTHER)
     found = case.edit(case.draw(latents), chunk_frames=2)
-    assert relative(found[0], case.own.inputs["picture"][0]) < 1e-5
+    assert relative(found[0], case.own.inputs["first"][0]) < 1e-5
     assert torch.isfinite(found).all()
 
 
