@@ -115,8 +115,8 @@ class WanImageToVideo(ConditionedWan):
     @cached_property
     @torch.no_grad()
     def inputs(self) -> dict[str, Tensor]:
-        """picture: the input for each latent frame, (1, channels, f, h, w), or `FIRST`. seen: CLIP's embedding, if the model takes
-        one. Raises ValueError without the clip's frames.
+        """picture: the input for each latent frame, (1, channels, f, h, w), or a clean first latent, `FIRST`. seen:
+        CLIP's embedding, if the model takes one. Raises ValueError without the clip's frames.
         """
         if self.facts.frames is None:
             raise ValueError(f"{self.family.title} needs the frames of the clip")

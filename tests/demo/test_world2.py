@@ -14,9 +14,17 @@ from fatezero.demo.scenes import visible_pixels
 from fatezero.demo.training import TRIAL, Plan, train_weights
 from fatezero.demo.world2 import train as trainer
 from fatezero.demo.world2.cases import KINDS, OF_A_THING, sample_cases
-from fatezero.demo.world2.data import Latents, captions_of
+from fatezero.demo.world2.data import NOTHING, Latents, captions_of, owners_of_words
 from fatezero.demo.world2.judge import UNREAD, read_word
-from fatezero.demo.world2.model import LATENT_SIZE, TEXT_TOKENS, ShapeReader, area_weight, build_unet
+from fatezero.demo.world2.model import (
+    LATENT_SIZE,
+    TEXT_TOKENS,
+    ShapeReader,
+    WordReader,
+    area_weight,
+    build_transformer,
+    build_unet,
+)
 from fatezero.demo.world2.render import render
 from fatezero.demo.world2.scenes import (
     ACTIONS,
@@ -31,6 +39,7 @@ from fatezero.demo.world2.scenes import (
     random_scene,
     scenes,
 )
+from fatezero.files.bundled import WORLD2
 from fatezero.video.motion import warp
 
 CPU = torch.device("cpu")
@@ -159,6 +168,57 @@ def test_shapes_are_read_from_a_layer_and_things_weigh_more():
     assert unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.grad.abs().sum() > 0
     weight = area_weight(owner)
     assert weight.mean() == pytest.approx(1) and weight[:, 0].min() == pytest.approx(3 * weight[:, -1].max().item())
+
+
+def test_the_words_of_a_caption_describe_its_things():
+    random = Random(1)
+    for scene in (random_scene(random) for _ in range(50)):
+        assert " ".join(word for word, _ in scene.described) == scene.caption
+    caption = "comic drawing of a big striped red fish at left in front of a blue ball on sand with stones"
+    fish, ball = (SHAPES.index(shape) + 1 for shape in ("fish", "ball"))
+    expected = [NOTHING] * 4 + [fish] * 7 + [NOTHING] * 3 + [ball] * 3 + [NOTHING] + [0] * 3 + [NOTHING] * 3
+    assert owners_of_words(caption, 24, before=1).tolist() == expected
+    assert owners_of_words("", 4).tolist() == [NOTHING] * 4
+
+
+def test_attention_to_the_words_of_what_covers_a_place_is_measured():
+    """Queries of zero attend evenly: to a fish's words in 3 of 8 tokens, to the ground's in 2, to no ball's."""
+    unet, transformer = build_unet(), build_transformer()
+    owner = torch.zeros(2, 1, LATENT_SIZE, LATENT_SIZE, dtype=torch.uint8)
+    owner[0, :, :16], owner[1, :, :16] = 1, 2
+    words = torch.tensor([[NOTHING, 1, 1, 1, NOTHING, 0, 0, NOTHING]] * 2, dtype=torch.uint8)
+    fish, ground = (-torch.tensor(share + 1e-4).log() for share in (3 / 8, 2 / 8))
+    expected = (3 * fish + ground + ground) / 5  # things weigh three times as much, and the ball is not told of
+    x, text = torch.randn(2, 4, LATENT_SIZE, LATENT_SIZE), torch.randn(2, 8, 64)
+    for layer, call in (
+        (unet.mid_block.attentions[0].transformer_blocks[0].attn2, lambda: unet(x, 500, text)),
+        (transformer.blocks[1].attn2, lambda: transformer(x[:, :, None], torch.tensor([500.0, 500]), text)),
+    ):
+        for weight in layer.to_q.parameters():
+            torch.nn.init.zeros_(weight)
+        reader = WordReader([layer])
+        call()
+        error = reader(owner, words)
+        assert error.item() == pytest.approx(expected.item(), rel=1e-4)
+        error.backward()
+        assert layer.to_q.weight.grad.abs().sum() > 0
+        assert reader(owner, torch.full_like(words, NOTHING)) == 0
+        reader.remove()
+        assert not layer._forward_pre_hooks
+
+
+@pytest.mark.parametrize("part", ["unet", "wan"])
+def test_a_training_starts_from_finished_models(tmp_path, part):
+    bundled, settings = WORLD2, replace(trainer.Settings().tiny(), unet_steps=0, steps=0)
+    run = trainer.Run(tmp_path, tmp_path / "state", [part], start=bundled)
+    trainer.train(run, settings, CPU, lambda _: None)
+    files = sorted(
+        path.relative_to(bundled) for path in (bundled / part).rglob("*.safetensors") if "vae" not in path.parts
+    )
+    assert files
+    for file in files:
+        own, found = load_file(bundled / file), load_file(tmp_path / file)
+        assert own.keys() == found.keys() and all(torch.equal(found[name], own[name]) for name in own)
 
 
 def test_latents_grow_by_whole_files_and_are_read_back(tmp_path):
