@@ -76,7 +76,9 @@ class Denoiser(Predictor, Protocol):
 
     @property
     def trained_frames(self) -> int | None:
-        """The latent frames of the model's training clips, if longer ones run in windows of this length."""
+        """The latent frames of the model's training clips, if longer ones run in windows of this length: not where the
+        host decides on windows.
+        """
 
     @property
     def packing(self) -> Packing | None:

@@ -187,7 +187,7 @@ def invert(
         fine, settings = denoiser.schedule(inversion_steps), recomputed(settings)
     kept_at = levels_among(schedule, fine)
     if windows is None and chunk_frames is None:
-        windows = own_windows(denoiser, latents, schedule.timesteps[0], settings)
+        windows = training_windows(denoiser, clip_frames(denoiser, latents), settings.memory)
     calls = ClipCalls(keys, clip_norm, Windows.of(chunk_frames) or windows)
     sites = denoiser.sites(*latents.shape[-2:])
     shape, size = tuple(latents.shape), latents.element_size()
@@ -234,12 +234,6 @@ def invert(
         solver, saved = Solver(fine, order, 0 if reuse_midpoint else None), UNSAVED if store.kept_steps else states
         _carry(latents, solver, called, _put_at(kept_at, put, saved), store.kept_steps > 0, saved, progress)
     return Inversion(store)
-
-
-def own_windows(denoiser: Denoiser, latents: Tensor, timestep: float, settings: StoreSettings) -> Windows | None:
-    """The windows of the model's training for a longer clip, if the host does not split it."""
-    usual = training_windows(denoiser, clip_frames(denoiser, latents), settings.memory)
-    return None if usual and denoiser.windows(latents, timestep) else usual
 
 
 def training_windows(denoiser: Denoiser, frames: int, memory: str) -> Windows | None:

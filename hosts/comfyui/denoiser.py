@@ -124,8 +124,12 @@ class ComfyDenoiser:
 
     @property
     def trained_frames(self) -> int | None:
-        """None if a MODEL, or a node on it, needs all frames of a clip, and if the clip begins with a reference."""
+        """None if a MODEL, or a node on it, needs all frames of a clip, if the clip begins with a reference, and with
+        Context Windows, which say what is split.
+        """
         hooked = self._edited.hooked
+        if hooked.handler is not None:
+            return None
         try:
             for branch in filter(None, (self._edited, self._edited.low)):
                 branch.check_parts(True)

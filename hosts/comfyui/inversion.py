@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...attention.key_frames import ClipCalls, KeyFrames, Windows
-from ...diffusion.denoiser import in_parts, keys_on
-from ...diffusion.invert import Progress, invert, own_windows
+from ...diffusion.denoiser import clip_frames, in_parts, keys_on
+from ...diffusion.invert import Progress, invert, training_windows
 from ...diffusion.schedule import Schedule
 from ...store.backends import FileBackend, FileLevels
 from ...store.budget import Demand, StorePlan, StoreSettings, plan_store
@@ -133,7 +133,7 @@ class InvertGuider(LoopGuider):
         if settings.steps not in (None, schedule.steps):
             schedule = denoiser.of_edits = denoiser.noise.schedule(settings.steps, settings.timesteps)
         keys, timestep = keys_on(denoiser, settings.key_frames), schedule.timesteps[0]
-        split = settings.split or own_windows(denoiser, latents, timestep, settings.store)
+        split = settings.split or training_windows(denoiser, clip_frames(denoiser, latents), settings.store.memory)
         parts = in_parts(denoiser, ClipCalls(keys, settings.clip_norm, split), latents, timestep)
         kept = settings.store
         if kept.memory == "auto" and self.guides is not None:

@@ -126,6 +126,18 @@ def test_the_default_is_the_length_of_training(host, folder, kind):
     assert torch.equal(edited(host, graph), usual)
 
 
+def test_context_windows_as_long_as_the_clip_run_it_whole(host, folder):
+    long = type("Long", (LongGraph,), {"latents": 23, "stop": 23})
+    graph = long(folder=str(folder), kind="camera")
+    usual = edited(host, graph)
+    graph.set(graph.invert, window_frames=4 * 23)
+    whole = edited(host, graph)
+    graph.set(graph.invert, window_frames=0)
+    graph.both(windows(graph, context_length=4 * 23))
+    assert torch.equal(edited(host, graph), whole)
+    assert relative(whole, usual) > 1e-4
+
+
 def test_a_pair_has_the_windows_of_its_first_model(host, folder):
     """With the picture that these retain, whether the node is before or after the pair."""
     graph = LongGraph(folder=str(folder), kind="i2v")
