@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,21 @@ from ..metrics.vlm import Questions, load_vlm
 from ..settings import shown
 from ..video.flow import dis_flow
 from .five_metrics import FiveMetrics, load_niqe, load_squeeze
-from .public import Benchmark, Case, Column, FigureModel, FolderError, Measure, check_masks, clip_of, opened, text_of
+from .public import (
+    Benchmark,
+    Case,
+    Clips,
+    Column,
+    FigureModel,
+    FolderError,
+    Measure,
+    Skip,
+    check_masks,
+    clip_of,
+    opened,
+    readable,
+    text_of,
+)  # fmt: skip
 
 KINDS = {
     "1": "rigid replacement",
@@ -39,15 +54,20 @@ _QUESTIONS = ("source_yes_no_question", "target_yes_no_question", "multiple_choi
 
 
 def load_five(
-    folder: str | Path, kinds: Sequence[str] = (), each: int | None = None, frames: int | None = None
+    folder: str | Path,
+    kinds: Sequence[str] = (),
+    each: int | None = None,
+    frames: int | None = None,
+    skip: Skip | None = None,
 ) -> list[Case]:
     """The cases of a folder. kinds: of which types, by number or name; all if empty. each: at most so many of a type.
-    frames: at most so many of a clip; 41 if None.
+    frames: at most so many of a clip; 41 if None. skip: called with the reason for each case whose clip or masks are
+    missing or cannot be read, which the authors' code leaves out too; None refuses it.
 
-    Raises FolderError, naming the file and the case, for anything that is missing or cannot be read.
+    Raises FolderError, naming the file and the case, for anything else that is wrong, and if no case is left.
     """
     folder = Path(folder)
-    files = sorted((folder / "edit_prompt").glob("*.json"))
+    files = sorted(file for file in (folder / "edit_prompt").glob("*.json") if not file.name.startswith("."))
     if not files:
         raise FolderError(f"{folder} is not a folder of FiVE-Bench: it has no edit_prompt/*.json")
     chosen = {_kind_of("kind", kind) for kind in kinds} or set(KINDS.values())
@@ -58,16 +78,17 @@ def load_five(
             kind = _kind_of(f"{where}: editing_type_id", text_of(entry, "editing_type_id", where))
             if kind in chosen and (each is None or len(found[kind]) < each):
                 name = f"{file.stem.removesuffix('_FiVE')}-{n:03d}"
-                found[kind].append(_case(folder, name, kind, entry, where, frames or FRAMES))
+                case = readable(partial(_case, folder, name, kind, entry, where, frames or FRAMES), skip)
+                found[kind] += [] if case is None else [case]
     cases = [case for of_kind in found.values() for case in of_kind]
     if not cases:
-        raise FolderError(f"{folder} has no case of {', '.join(sorted(chosen))}")
+        raise FolderError(f"{folder} has no case of {', '.join(sorted(chosen))} whose clip and masks can be read")
     return cases
 
 
 def _entries(file: Path) -> list[dict[str, Any]]:
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise FolderError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -124,7 +145,7 @@ PUBLISHED = {
     "AnyV2V": (71.36, 15.90, 348.6, 343.0, 50.77, 24.89, 19.72, 5.04, 60.36, 38.02),
     "VideoGrain": (12.40, 27.05, 185.2, 25.1, 79.13, 25.69, 20.31, 4.08, 88.57, 37.23),
     "Pyramid-Edit": (28.65, 20.84, 276.6, 95.6, 71.72, 26.82, 20.20, 5.48, 80.59, 43.84),
-    "Wan-Edit": (12.53, 25.57, 94.6, 41.8, 82.55, 26.39, 21.23, 6.54, 89.43, 46.97),
+    "Wan-Edit": (12.53, 25.57, 94.6, 41.8, 82.55, 26.39, 21.23, 6.54, 89.43, 46.97, 41.41, 52.53),
 }
 """Tables 2 and 3 of arXiv 2503.13684, in the order and units of the first columns."""
 _NOTES = (
@@ -138,8 +159,9 @@ def _measure(models: Mapping[str, Any]) -> Measure:
     estimate = dis_flow()
     metrics = FiveMetrics(**named, flow_tracker=estimate and flow_tracker(estimate))
 
-    def measure(case: Case, source: Any, edited: Any, mask: Any) -> dict[str, float | None]:
-        return metrics.measure(source, edited, mask, case.target, case.questions)
+    def measure(case: Case, clips: Clips) -> dict[str, float | None]:
+        assert clips.mask is not None
+        return metrics.measure(clips.source, clips.edited, clips.mask, case.target, case.questions, clips.saved)
 
     return measure
 

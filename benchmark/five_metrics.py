@@ -16,6 +16,7 @@ from ..metrics.motion import Tracker, motion_fidelity
 from ..metrics.preservation import SSIM_WINDOW, largest_change, psnr, share_of_change, ssim
 from ..metrics.structure import Dino
 from ..metrics.vlm import Answer, Questions, five_accuracy
+from ..video.size import to_unit
 
 STRIDE = 8
 """Every 8th frame is measured, but for motion and FiVE-Acc, which take the whole clip."""
@@ -38,13 +39,20 @@ class FiveMetrics:
     answer: Answer | None = None
 
     def measure(
-        self, source: Tensor, edited: Tensor, mask: Tensor, target: str, questions: Questions | None = None
+        self,
+        source: Tensor,
+        edited: Tensor,
+        mask: Tensor,
+        target: str,
+        questions: Questions | None = None,
+        saved: Tensor | None = None,
     ) -> dict[str, float | None]:
         """The figures of an edit; None where one is undefined.
 
         source, edited: (f, 3, h, w) in 0..1. mask: (f, h, w), 1 in the edited area. Pixels of the other area are black
         in both clips, as in the authors' code: PSNR, LPIPS, MSE and SSIM of the unedited area are means over the
-        whole frame, and a large mask improves them.
+        whole frame, and a large mask improves them. PSNR leaves out frames in which that area is the source's, where it
+        is infinite. saved: the edit's uint8 frames at its own size, (f, h, w, 3), of which NIQE is; `edited` if None.
         """
         a, b, m = (x[::STRIDE] for x in (source, edited, mask))
         rest = (1 - m)[:, None]
@@ -54,7 +62,7 @@ class FiveMetrics:
             "mse": _mean(((x - y) ** 2).mean().item() for x, y in outside),
             "ssim": _mean(_padded_ssim(x[None], y[None]) for x, y in outside) if _fits(a, SSIM_WINDOW) else math.nan,
             "inside": share_of_change(source, edited, mask),
-            "largest": largest_change(source, edited, 1 - mask),
+            "largest": largest_change(source, edited, 1 - mask) if bool((mask < 1).any()) else math.nan,
         }
         if self.lpips is not None:
             lpips, fits = self.lpips, _fits(a, LEAST_SIDE)
@@ -62,7 +70,8 @@ class FiveMetrics:
         if self.dino is not None:
             found["structure"] = _mean(map(self.dino.distance, a, b))
         if self.niqe is not None:
-            found["niqe"] = _mean(self.niqe(y[None]) for y in b)
+            own = b if saved is None else to_unit(saved[::STRIDE])
+            found["niqe"] = _mean(self.niqe(y[None]) for y in own)
         found |= self._clip_scores(b, m, target) | self._motions(source, edited)
         if self.answer is not None:
             found |= {"FiVE-Acc": math.nan} if questions is None else five_accuracy(self.answer, edited, questions)
@@ -132,6 +141,6 @@ def _fits(frames: Tensor, least: int) -> bool:
 
 
 def _mean(values: Iterable[float]) -> float:
-    """The mean of the values that are defined; NaN if none is."""
-    defined = [value for value in values if not math.isnan(value)]
+    """The mean of the values that are finite; NaN if none is."""
+    defined = [value for value in values if math.isfinite(value)]
     return sum(defined) / len(defined) if defined else math.nan

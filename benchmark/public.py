@@ -5,25 +5,37 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..files.whole import whole_file
 from ..metrics.bootstrap import Interval, mean_of
 from ..metrics.vlm import Questions
 from ..settings import shown
-from ..video.pictures import picture_files
+from ..video.pictures import VideoError, picture_files
 from ..video.read import VideoSource, open_video
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+T = TypeVar("T")
+
+
 class FolderError(ValueError):
     """A folder that is not in a benchmark's layout."""
+
+
+class ClipError(FolderError):
+    """A clip, or its masks, that is missing or cannot be read."""
+
+
+Skip = Callable[[str], None]
+"""Called with why a case is left out."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +80,37 @@ class FigureModel:
 
 Figures = dict[str, "float | None"]
 """Figures of an edit; None where one is undefined."""
-Measure = Callable[[Case, "Tensor", "Tensor", "Tensor | None"], Figures]
-"""The figures of a case from source and edit, (f, 3, h, w) in 0..1, and the mask (f, h, w), if it has one."""
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Source and edit of a case at the source's size, (f, 3, h, w) in 0..1, and its mask (f, h, w), if it has one.
+
+    saved: the edit's uint8 frames at its own size, (f, h, w, 3).
+    """
+
+    source: Tensor
+    edited: Tensor
+    mask: Tensor | None
+    saved: Tensor
+
+
+Measure = Callable[[Case, Clips], Figures]
+"""The figures of a case."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """A public benchmark.
 
-    load: the cases of a folder, given kinds, at most how many of a kind, and at most how many frames. cases: how many
-    its published rows have. columns: its figures, in the order of its published rows, then ours. models: by setting.
-    measure: makes the function that measures, from the loaded models.
+    load: the cases of a folder, given kinds, at most how many of a kind, at most how many frames, and what is called
+    for each case that is left out (None refuses it). cases: how many its published rows have. columns: its figures, in
+    the order of its published rows, then ours. models: by setting. measure: makes the function that measures, from the
+    loaded models.
     """
 
     name: str
-    load: Callable[[Path, Sequence[str], int | None, int | None], list[Case]]
+    load: Callable[[Path, Sequence[str], int | None, int | None, Skip | None], list[Case]]
     cases: int
     columns: tuple[Column, ...]
     published: Mapping[str, tuple[float, ...]]
@@ -97,55 +125,85 @@ class Benchmark:
 def text_of(entry: Mapping[str, Any], key: str, where: str) -> str:
     """A text of an entry. Raises FolderError if it is missing or empty."""
     value = entry.get(key)
-    if not isinstance(value, (str, int)) or not str(value).strip():
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, (str, int, float)) or not text.strip():
         raise FolderError(f"{where}: {key} is {shown(value)}; it must be a text")
-    return str(value).strip()
+    return text.strip()
 
 
 def clip_of(folder: Path, entry: Mapping[str, Any], key: str, where: str, places: Sequence[str]) -> Path:
     """The frames or the video of a clip that an entry names, in the first of the places that has it.
 
-    Raises FolderError if none has it.
+    Raises FolderError for a path instead of a name, ClipError if no place has it.
     """
     name = text_of(entry, key, where)
     if Path(name).name != name:
         raise FolderError(f"{where}: {key} is {shown(name)}; it must be a name without folders")
     names = [place.format(name) for place in places]
-    if (found := next((folder / place for place in names if (folder / place).exists()), None)) is None:
-        raise FolderError(f"{where}: no clip {' or '.join(names)} in {folder}")
+    if (found := next((folder / place for place in names if _has_frames(folder / place)), None)) is None:
+        raise ClipError(f"{where}: no clip {' or '.join(names)} in {folder}")
     return found
 
 
+def _has_frames(path: Path) -> bool:
+    """Whether a path is a file, or a folder with pictures."""
+    with suppress(VideoError):
+        return path.is_file() or (path.is_dir() and bool(picture_files(path)))
+    return False
+
+
+def readable(read: Callable[[], T], skip: Skip | None) -> T | None:
+    """What is read of a case; None if its clip or its masks cannot be, which is reported or raised."""
+    try:
+        return read()
+    except ClipError as error:
+        if skip is None:
+            raise
+        skip(str(error))
+        return None
+
+
 def opened(video: Path, where: str, most: int | None) -> VideoSource:
-    """A clip of at most so many frames. Raises FolderError if it cannot be read."""
+    """A clip of at most so many frames. Raises ClipError if it cannot be read."""
     try:
         return open_video(video, at_most=most)
     except (OSError, ValueError) as error:
-        raise FolderError(f"{where}: {error}") from error
+        raise ClipError(f"{where}: {error}") from error
+
+
+def masks_of(folder: Path, video: Path, frames: int) -> list[Path]:
+    """The masks of a clip's first frames: those named like its pictures, or a video's in order.
+
+    Raises OSError or ValueError if one is missing.
+    """
+    masks, pictures = picture_files(folder), picture_files(video)[:frames]
+    named = {mask.stem: mask for mask in masks}
+    if lacking := next((picture for picture in pictures if picture.stem not in named), None):
+        raise VideoError(f"no mask of {lacking.name} at {folder}")
+    if len(masks) < frames:
+        raise VideoError(f"{folder} has {len(masks)} masks for {frames} frames")
+    return [named[picture.stem] for picture in pictures] if pictures else list(masks[:frames])
 
 
 def check_masks(folder: Path, video: Path, clip: VideoSource, where: str) -> None:
-    """Raise FolderError unless each frame has a mask of its size and, if it is a picture, of its name."""
+    """Raise ClipError unless each frame has a mask of its size and, if it is a picture, of its name."""
     if not folder.is_dir():
-        raise FolderError(f"{where}: no masks at {folder}")
+        raise ClipError(f"{where}: no masks at {folder}")
     try:
-        masks = picture_files(folder)[: len(clip)]
-        sizes = [_size(mask) for mask in masks]
+        sizes = [_size(mask) for mask in masks_of(folder, video, len(clip))]
     except (OSError, ValueError) as error:
-        raise FolderError(f"{where}: {error}") from error
-    if len(masks) < len(clip):
-        raise FolderError(f"{where}: {folder} has {len(masks)} masks for {len(clip)} frames")
-    pairs = zip(picture_files(video), masks, strict=False)
-    if wrong := next((frame for frame, own in pairs if frame.stem != own.stem), None):
-        raise FolderError(f"{where}: no mask of {wrong.name} at {folder}")
+        raise ClipError(f"{where}: {error}") from error
     if other := next((size for size in sizes if size != clip.size), None):
         (w, h), (width, height) = other, clip.size
-        raise FolderError(f"{where}: masks of {w}x{h} at {folder}, but frames of {width}x{height}")
+        raise ClipError(f"{where}: masks of {w}x{h} at {folder}, but frames of {width}x{height}")
 
 
 def _size(picture: Path) -> tuple[int, int]:
-    with Image.open(picture) as opened_picture:
-        return opened_picture.size
+    try:
+        with Image.open(picture) as opened_picture:
+            return opened_picture.size
+    except UnidentifiedImageError as error:
+        raise VideoError(f"{picture} is not a readable picture") from error
 
 
 # --- tables -------------------------------------------------------------------------------

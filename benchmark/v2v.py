@@ -11,6 +11,7 @@ An entry of `data` has `video_id`, `prompt` and `edit`, a list with the `prompt`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,20 @@ from ..metrics.frame_models import Aesthetic, DinoV2
 from ..metrics.viclip import load_viclip
 from ..settings import shown
 from ..video.flow import dis_flow
-from .public import Benchmark, Case, Column, FigureModel, FolderError, Measure, clip_of, opened, text_of
+from .public import (
+    Benchmark,
+    Case,
+    Clips,
+    Column,
+    FigureModel,
+    FolderError,
+    Measure,
+    Skip,
+    clip_of,
+    opened,
+    readable,
+    text_of,
+)  # fmt: skip
 from .v2v_metrics import V2VMetrics, load_gmflow
 
 _PLACES = ("frames/{}", "videos/{}.mp4", "videos/{}.gif", "{}", "{}.mp4", "{}.gif")
@@ -30,12 +44,16 @@ _UNNAMED = "edit"
 
 
 def load_v2v(
-    folder: str | Path, kinds: Sequence[str] = (), each: int | None = None, frames: int | None = None
+    folder: str | Path,
+    kinds: Sequence[str] = (),
+    each: int | None = None,
+    frames: int | None = None,
+    skip: Skip | None = None,
 ) -> list[Case]:
     """The cases of a folder. kinds: of which types; all if empty. each: at most so many of a type. frames: at most so
-    many of a clip.
+    many of a clip. skip: called with the reason for each clip that is missing or cannot be read; None refuses it.
 
-    Raises FolderError, naming the clip and the edit, for anything that is missing or cannot be read.
+    Raises FolderError, naming the clip and the edit, for anything else that is wrong, and if no case is left.
     """
     folder = Path(folder)
     found: dict[str, list[Case]] = {}
@@ -43,14 +61,23 @@ def load_v2v(
         clip = text_of(entry, "video_id", "config.yaml")
         where = f"config.yaml, {clip}"
         source = text_of(entry, "prompt", where)
-        video = clip_of(folder, entry, "video_id", where, _PLACES)
-        length = len(opened(video, where, frames))
+        if (read := readable(partial(_clip, folder, entry, where, frames), skip)) is None:
+            continue
+        video, length = read
         for n, edit in enumerate(_list(entry.get("edit"), f"{where}: edit")):
             kind, target = str(edit.get("type") or _UNNAMED), text_of(edit, "prompt", f"{where}, edit {n}")
             found.setdefault(kind, []).append(Case(f"{clip}-{n}", kind, video, source, target, length))
+    if not found:
+        raise FolderError(f"{folder} has no clip that can be read")
     if unknown := next((kind for kind in kinds if kind not in found), None):
         raise FolderError(f"kind is {shown(unknown)}; it must be one of {', '.join(found)}")
     return [case for kind, of_kind in found.items() if not kinds or kind in kinds for case in of_kind[:each]]
+
+
+def _clip(folder: Path, entry: Mapping[str, Any], where: str, most: int | None) -> tuple[Path, int]:
+    """A clip's frames or video, and how many frames it has."""
+    video = clip_of(folder, entry, "video_id", where, _PLACES)
+    return video, len(opened(video, where, most))
 
 
 def _entries(file: Path) -> list[Mapping[str, Any]]:
@@ -113,8 +140,8 @@ _NOTES = (
 def _measure(models: Mapping[str, Any]) -> Measure:
     metrics = V2VMetrics(**models, dis=dis_flow())
 
-    def measure(case: Case, source: Any, edited: Any, mask: Any) -> dict[str, float | None]:
-        return metrics.measure(source, edited, case.target)
+    def measure(case: Case, clips: Clips) -> dict[str, float | None]:
+        return metrics.measure(clips.source, clips.edited, case.target)
 
     return measure
 

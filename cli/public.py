@@ -9,15 +9,15 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..files.lines import append_lines
 from ..files.whole import lock_folder
 from ..methods import METHODS
 from ..settings import shown
-from ..video.pictures import picture_files
 from ..video.read import open_video
 from ..video.size import crop, resize_to_fill, to_unit
 from .batch.jobs import Batch, Job, batch_of
@@ -31,9 +31,11 @@ from .session import Session, pick_device
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..benchmark.public import Benchmark, Case, FigureModel, Row
+    from ..benchmark.public import Benchmark, Case, Clips, FigureModel, Row
 
 T = TypeVar("T")
+_CUTS = ("start", "end", "stride", "count")
+"""Settings of the frames that an edit takes, which a benchmark chooses."""
 _MASKED = {method.name for method in METHODS if method.needs_mask}
 
 
@@ -70,6 +72,11 @@ class PublicRun:
         """The measured edits, one line for each; the last one of an edit counts."""
         return self.output / f"{self.option}.jsonl"
 
+    @cached_property
+    def usable_as(self) -> dict[str, str]:
+        """What tells the usable models of figures apart: the digest of files, and a hub's name."""
+        return {name: digest_of(one) if Path(one).exists() else one for name, one in self.usable.items()}
+
     @property
     def usable(self) -> dict[str, str]:
         """The models of figures that are given, and whose library is installed."""
@@ -88,17 +95,30 @@ class PublicRun:
         return {**data, **self.shared}
 
 
-def check_public(run: PublicRun, folder: str, kinds: Sequence[str], each: int | None, frames: int | None) -> list[Case]:
-    """The cases of a folder. Raises ConfigError or OSError for anything that would fail later: the folder, the methods,
-    the models of the figures."""
+def check_public(
+    run: PublicRun,
+    folder: str,
+    kinds: Sequence[str],
+    each: int | None,
+    frames: int | None,
+    skip: Callable[[str], None] | None = None,
+) -> list[Case]:
+    """The cases of a folder. skip: called with the reason for each case that is left out; None refuses it.
+
+    Raises ConfigError or OSError for anything that would fail later: the folder, the methods, the models of the
+    figures.
+    """
     check_names({run.option: folder, **{name: Path(path) for name, path in run.models.items() if path}})
     with of_setting(run.option):
-        cases = run.benchmark.load(Path(folder), kinds, each, frames)
+        cases = run.benchmark.load(Path(folder), kinds, each, frames, skip)
     names = [Path(method).stem for method in run.methods]
     if len(set(names)) < len(names):
         raise ConfigError(f"method: {', '.join(names)}: give each once, and files with different names")
     for method, name in zip(run.methods, names, strict=True):
-        settings = {**run.settings_of(method), **_of_case(cases[0])}
+        own = run.settings_of(method)
+        if cut := next((key for key in _CUTS if key in own), None):
+            raise ConfigError(f"method {name}: {cut} is given, but the benchmark chooses the frames: leave it out")
+        settings = {**own, **_of_case(cases[0])}
         try:
             config = config_of(settings)
         except ConfigError as error:
@@ -126,8 +146,9 @@ def _check_model(run: PublicRun, name: str, model: FigureModel) -> None:
             model.load(run.models[name])
 
 
-def run_public(session: Session, run: PublicRun, cases: Sequence[Case]) -> str:
+def run_public(session: Session, run: PublicRun, cases: Sequence[Case], skipped: Sequence[str] = ()) -> str:
     """Edit what is not edited yet, measure what is not measured yet, and write the tables; returns the Markdown.
+    skipped: why cases are left out, for the notes.
 
     Finally raises BatchError if edits or measurements failed.
     """
@@ -144,7 +165,11 @@ def run_public(session: Session, run: PublicRun, cases: Sequence[Case]) -> str:
         failed = error
     with lock_folder(run.output):
         rows, broken = _measured(session, run, jobs)
-        text = write_public_tables(run.output, run.benchmark, rows, _notes(run)) if rows else ""
+        text = (
+            write_public_tables(run.output, run.benchmark, rows, [*_notes(run, cases), *_left_out(skipped)])
+            if rows
+            else ""
+        )
     if broken:
         failed = BatchError("; ".join([*([str(failed)] if failed else []), *broken]))
     if failed is not None:
@@ -159,7 +184,7 @@ def _job(run: PublicRun, case: Case, method: str) -> Job:
     (job,) = batch_of({"jobs": [values]}).jobs
     config = config_for(job)
     if config.injection in _MASKED and not config.edit_mask and case.mask is not None:
-        values["edit_mask"] = str(_masks(run.output / "masks", case.mask, case.frames))
+        values["edit_mask"] = str(_masks(run.output / "masks", case))
         (job,) = batch_of({"jobs": [values]}).jobs
     return job
 
@@ -170,11 +195,14 @@ def _of_case(case: Case) -> dict[str, Any]:
     return {"source": case.source, "target": case.target, **of_clip}
 
 
-def _masks(folder: Path, masks: Path, frames: int) -> Path:
-    """A folder with copies of a clip's first masks and no others, for an edit of as many frames."""
-    folder = folder / masks.name
+def _masks(folder: Path, case: Case) -> Path:
+    """A folder with copies of the masks of a case's frames and no others."""
+    from ..benchmark.public import masks_of
+
+    assert case.mask is not None
+    folder = folder / case.mask.name
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = picture_files(masks)[:frames]
+    chosen = masks_of(case.mask, case.video, case.frames)
     for old in {file.name for file in folder.iterdir()} - {file.name for file in chosen}:
         (folder / old).unlink()
     for file in chosen:
@@ -197,7 +225,7 @@ def _measured(session: Session, run: PublicRun, jobs: Sequence[tuple[Case, str, 
             row: Row = {"case": case.name, "kind": case.kind, "method": method, **same[result]}
             assert measure is not None
             try:
-                row |= measure(case, *_clips(case, job, result))
+                row |= measure(case, _clips(case, job, result))
             except (OSError, ValueError) as error:
                 broken.append(f"{result.name} cannot be measured: {error}")
             else:
@@ -211,7 +239,7 @@ def _measured_from(run: PublicRun, result: Path, case: Case) -> dict[str, Any]:
     """What a row's figures depend on."""
     given = json.dumps([case.source, case.target, str(case.questions), case.mask and digest_of(case.mask)])
     digests = {"digest": digest_of(result), "given": hashlib.sha256(given.encode()).hexdigest()}
-    return {"result": result.name, **digests, "models": run.usable}
+    return {"result": result.name, **digests, "models": run.usable_as}
 
 
 def _rows(path: Path) -> list[Row]:
@@ -222,16 +250,20 @@ def _rows(path: Path) -> list[Row]:
     return found
 
 
-def _clips(case: Case, job: Job, result: Path) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Source, edit and mask at the source's size; of the source, the part that the edit shows."""
+def _clips(case: Case, job: Job, result: Path) -> Clips:
+    """Source, edit and mask; of the source, the part that the edit shows."""
+    from ..benchmark.public import Clips
+
     config, edited = config_for(job), open_video(result).read().frames
     size = edited.shape[1:3]
     source = _shown(crop(find_frames(replace(config, count=len(edited))).read().frames, *config.crop), *size)
     scaled = to_unit(resize_to_fill(edited, source.shape[2], source.shape[1]))
     if case.mask is None:
-        return to_unit(source), scaled, None
-    mask = open_video(case.mask, config.start, config.stride, len(edited)).read().frames
-    return to_unit(source), scaled, (_shown(crop(mask, *config.crop), *size) > 0).any(-1).float()
+        return Clips(to_unit(source), scaled, None, edited)
+    with TemporaryDirectory() as folder:
+        mask = open_video(_masks(Path(folder), case)).read().frames
+    inside = (_shown(crop(mask, *config.crop), *size) > 0).any(-1).float()
+    return Clips(to_unit(source), scaled, inside, edited)
 
 
 def _shown(frames: Tensor, height: int, width: int) -> Tensor:
@@ -245,9 +277,16 @@ def _shown(frames: Tensor, height: int, width: int) -> Tensor:
 # --- the models of figures ----------------------------------------------------------------
 
 
-def _notes(run: PublicRun) -> list[str]:
-    """Which figures are left out, and why, and the models of the others."""
-    notes = []
+def _left_out(skipped: Sequence[str]) -> list[str]:
+    return [f"{len(skipped)} cases left out: {'; '.join(skipped)}"] if skipped else []
+
+
+def _notes(run: PublicRun, cases: Sequence[Case]) -> list[str]:
+    """How the methods were run, which figures are left out, and why, and the models of the others."""
+    notes, longest = [], max(case.frames for case in cases)
+    for method in run.methods:
+        config = config_of({**run.settings_of(method), **_of_case(cases[0])})
+        notes.append(f"{Path(method).stem}: model {config.model}, {config.steps} steps, at most {longest} frames")
     for name, model in run.benchmark.models.items():
         why = f"{model.library} is not installed" if run.models[name] else f"give --{name}"
         notes.append(

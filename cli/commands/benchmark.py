@@ -168,6 +168,7 @@ def command(
         return
     captions = load_pairs(config.pairs) if config.pairs else ()
     check_folder(config.output)
+    _check_unused(config.output, "")
     from ...benchmark.cases import ALL_KINDS, KINDS, world2
     from ...benchmark.rows import BEST
     from ...benchmark.run import BenchmarkSettings, check_world, chosen_methods, run_benchmark
@@ -192,14 +193,25 @@ def command(
     console.print(printable(f"written to {folder}: table.md, table.csv, page.html"), markup=False, soft_wrap=True)
 
 
+def _check_unused(output: str, benchmark: str) -> None:
+    """Raise ConfigError for a folder with the run of another benchmark, whose tables have the same names."""
+    for other, log in {"": "results.jsonl", "five": "five.jsonl", "v2v": "v2v.jsonl"}.items():
+        if other != benchmark and (Path(output) / log).exists():
+            raise ConfigError(f"{output} has the run of another benchmark ({log}): choose another folder with --output")
+
+
 def _public(config: BenchmarkConfig, given: dict[str, Any], device: str) -> None:
     """Run a public benchmark. given: the settings on the command line."""
     check_folder(config.output)
+    _check_unused(config.output, config.public)
     shared: dict[str, Any] = {name: given[name] for name in ("model", "steps", "guidance_scale") if name in given}
     option = config.public
     models = {name: getattr(config, name) for name in ("clip", *_FIGURES[option])}
     methods = config.method or ("attribute+",)
     run = PublicRun(option, Path(config.output), methods, shared, models, device, config.workers or 1)
-    cases = check_public(run, getattr(config, option), config.kind, config.each, given.get("frames"))
-    console.print(run_public(Session(console, progress_bar, device), run, cases), markup=False, soft_wrap=True)
+    session, skipped = Session(console, progress_bar, device), list[str]()
+    cases = check_public(run, getattr(config, option), config.kind, config.each, given.get("frames"), skipped.append)
+    for why in skipped:
+        session.note(f"left out: {why}")
+    console.print(run_public(session, run, cases, skipped), markup=False, soft_wrap=True)
     console.print(printable(f"written to {config.output}: table.md, table.csv"), markup=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import ViTConfig, ViTModel
 
 from fatezero.benchmark.five import COLUMNS, FIVE, KINDS, PUBLISHED, load_five
-from fatezero.benchmark.public import FolderError
+from fatezero.benchmark.public import FolderError, masks_of
 from fatezero.cli.commands.batch import BatchError
 from fatezero.cli.progress import console, no_bars
 from fatezero.cli.public import PublicRun, _job, _models, _notes, _shown, check_public, run_public
@@ -79,8 +80,57 @@ def test_a_clip_may_be_a_video_and_questions_may_lack(data):
         load_five(data, frames=4)
 
 
-def remove(part):
-    return lambda data: shutil.rmtree(data / part / "0001_square")
+MASK = "bmasks/0001_square/00002.jpg"
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda data: shutil.rmtree(data / "bmasks/0001_square"), "no masks at"),
+        (lambda data: shutil.rmtree(data / "images/0001_square"), "no clip images/0001_square"),
+        (
+            lambda data: [file.unlink() for file in (data / "images/0001_square").iterdir()],
+            "no clip images/0001_square",
+        ),
+        (lambda data: (data / MASK).unlink(), "no mask of 00002.jpg at"),
+        (lambda data: (data / MASK).rename((data / MASK).with_name("00009.jpg")), "no mask of 00002.jpg at"),
+        (lambda data: (data / MASK).write_bytes(b""), "00002.jpg is not a readable picture"),
+    ],
+)
+def test_a_case_without_its_clip_or_masks_is_left_out_with_a_note(data, break_it, message):
+    break_it(data)
+    skipped = []
+    assert [case.name for case in load_five(data, skip=skipped.append)] == ["edit3-000", "edit4-000"]
+    (why,) = skipped
+    assert why.startswith("edit_prompt/edit1_FiVE.json, case 0: ") and message in why
+    with pytest.raises(FolderError, match="edit1_FiVE.json, case 0"):
+        load_five(data)
+    with pytest.raises(FolderError, match="has no case of rigid replacement whose clip and masks can be read"):
+        load_five(data, ["1"], skip=skipped.append)
+
+
+def test_the_command_says_which_cases_are_left_out(tmp_path, command):
+    data, out = write_five(tmp_path / "data"), tmp_path / "out"
+    shutil.rmtree(data / "bmasks/0001_square")
+    text = command("benchmark", "--five", data, "--steps", "1", "--frames", "1", "-o", out)
+    assert "note: left out: edit_prompt/edit1_FiVE.json, case 0: no masks at" in text.replace("\n", " ")
+    table = (out / "table.md").read_text()
+    assert "| attribute+ | all | 2 |" in table
+    assert "- 1 cases left out: edit_prompt/edit1_FiVE.json, case 0: no masks at" in table
+    assert "- attribute+: model demo, 1 steps, at most 1 frames" in table
+
+
+def test_masks_are_found_by_name_among_others(data):
+    """Also of frames that the clip does not have, and beside files that a Mac adds."""
+    masks = data / "bmasks" / "0001_square"
+    for name in ("00000.jpg", "00001a.jpg"):
+        shutil.copyfile(masks / "00003.jpg", masks / name)
+    (data / "edit_prompt" / "._edit1_FiVE.json").write_bytes(b"\x00\x05\x16\x07")
+    changed(data, editing_type_id=1.0)
+    file = data / "edit_prompt" / "edit1_FiVE.json"
+    file.write_text(file.read_text(), encoding="utf-8-sig")
+    (case, *_) = load_five(data, frames=2)
+    assert [mask.name for mask in masks_of(case.mask, case.video, 2)] == ["00001.jpg", "00002.jpg"]
 
 
 def broken(data):
@@ -90,13 +140,6 @@ def broken(data):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (remove("bmasks"), "edit1_FiVE.json, case 0: no masks at"),
-        (remove("images"), "edit1_FiVE.json, case 0: no clip images/0001_square"),
-        (lambda data: (data / "bmasks/0001_square/00002.jpg").unlink(), "has 3 masks for 4 frames"),
-        (
-            lambda data: (data / "bmasks/0001_square/00002.jpg").rename(data / "bmasks/0001_square/00009.jpg"),
-            "00002.jpg",
-        ),
         (broken, "edit3_FiVE.json cannot be read as JSON"),
         (lambda data: changed(data, editing_type_id="9"), "editing_type_id is '9'; it must be one of 1 "),
         (lambda data: changed(data, target_prompt=None), "target_prompt is None"),
@@ -119,6 +162,7 @@ def test_a_broken_folder_is_refused_by_the_command(refused, data, break_it, mess
         (("--method", "nonsense"), "method is 'nonsense'"),
         (("--method", "none.yaml"), "no configuration at none.yaml"),
         (("--method", "style", "--method", "style"), "give each once"),
+        (("--method", "later.yaml"), "method later: start is given, but the benchmark chooses the frames"),
         (("--method", "wrong.yaml"), "method wrong: guidance_scale is 'much'"),
         (("--pairs", "pairs.yaml"), "pairs has no effect with --five"),
         (("--lpips", "none.safetensors"), "lpips: no file at none.safetensors"),
@@ -129,6 +173,7 @@ def test_a_broken_folder_is_refused_by_the_command(refused, data, break_it, mess
 def test_options_that_would_fail_later_are_refused(refused, data, line, message, monkeypatch):
     monkeypatch.chdir(data.parent)
     (data.parent / "wrong.yaml").write_text("guidance_scale: much\n")
+    (data.parent / "later.yaml").write_text("preset: style\nstart: 3\n")
     assert message in refused("benchmark", "--five", data, *line, "-o", data.parent / "out").replace("\n", " ")
 
 
@@ -195,11 +240,32 @@ def test_a_figure_without_its_library_is_left_out_with_a_note(data, tmp_path):
     )
     check_public(run, str(data), (), None, None)
     assert "niqe" not in _models(run)
-    assert "NIQE left out: pyiqa is not installed" in _notes(run)
+    assert "NIQE left out: pyiqa is not installed" in _notes(run, load_five(data))
+
+
+def test_other_weights_under_the_same_name_are_measured_again(tmp_path):
+    (tmp_path / "niqe.mat").write_bytes(b"some")
+    found = []
+    for weights in (b"some", b"others", b"some"):
+        (tmp_path / "niqe.mat").write_bytes(weights)
+        run = PublicRun("five", tmp_path, ("style",), {}, NO_MODELS | {"lpips": str(tmp_path / "niqe.mat")}, "cpu", 1)
+        found.append(run.usable_as)
+    assert found[0] == found[2] != found[1]
+
+
+def test_a_folder_has_the_run_of_one_benchmark(data, refused):
+    out = data.parent / "out"
+    out.mkdir()
+    for log, line in (("results.jsonl", ("--five", data)), ("five.jsonl", ()), ("five.jsonl", ("--v2v", data))):
+        (out / log).touch()
+        text = refused("benchmark", *line, "-o", out).replace("\n", " ")
+        assert f"has the run of another benchmark ({log}): choose another folder" in text
+        (out / log).unlink()
 
 
 def test_a_library_that_is_installed_later_is_used(data, tmp_path, monkeypatch):
     run = PublicRun("five", tmp_path, ("style",), {}, NO_MODELS | {"tracker": "x.pth"}, "cpu", 1)
+    monkeypatch.delitem(sys.modules, "cotracker", raising=False)
     before = run.usable
     (tmp_path / "cotracker").mkdir()
     (tmp_path / "cotracker" / "__init__.py").touch()
@@ -262,4 +328,5 @@ def test_the_published_rows_are_in_the_order_of_the_columns():
     found = dict(zip((column.key for column in COLUMNS), PUBLISHED["Wan-Edit"], strict=False))
     assert found["structure"] == 12.53 and found["ssim"] == 82.55 and found["motion"] == 89.43
     assert found["niqe"] == 6.54 and found["FiVE-Acc"] == 46.97
-    assert {len(row) for row in PUBLISHED.values()} == {10}
+    assert (found["YN"], found["MC"]) == (41.41, 52.53)
+    assert {len(row) for name, row in PUBLISHED.items() if name != "Wan-Edit"} == {10}

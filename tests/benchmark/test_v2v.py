@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 from v2v import FRAMES, write_v2v
 
+from fatezero.benchmark.public import FolderError
 from fatezero.benchmark.v2v import COLUMNS, PUBLISHED, V2V, load_v2v
 from fatezero.cli.progress import console, no_bars
 from fatezero.cli.public import PublicRun, check_public, run_public
@@ -47,6 +48,28 @@ def test_at_most_so_many_edits_of_each_type(data):
 
 
 @pytest.mark.parametrize(
+    ("break_it", "message", "left"),
+    [
+        (lambda data: changed(data, video_id="blue"), "blue: no clip", "star-2"),
+        (lambda data: (data / "videos/star-2.gif").write_bytes(b"GIF89a"), "star-2: ", "red square"),
+    ],
+)
+def test_a_clip_that_cannot_be_read_is_left_out(data, break_it, message, left):
+    break_it(data)
+    skipped = []
+    assert [case.name for case in load_v2v(data, skip=skipped.append)] == [f"{left}-0", f"{left}-1"]
+    assert len(skipped) == 1 and f"config.yaml, {message}" in skipped[0]
+    with pytest.raises(FolderError, match=message):
+        load_v2v(data)
+
+
+def test_a_folder_shadows_no_video(data):
+    (data / "frames" / "star-2").mkdir()
+    (data / "frames" / "star-2" / ".DS_Store").touch()
+    assert load_v2v(data)[2].video.suffix == ".gif"
+
+
+@pytest.mark.parametrize(
     ("break_it", "message"),
     [
         (lambda data: (data / "config.yaml").unlink(), "it has no config.yaml"),
@@ -55,9 +78,7 @@ def test_at_most_so_many_edits_of_each_type(data):
         (lambda data: changed(data, prompt=None), "config.yaml, red square: prompt is None"),
         (lambda data: changed(data, edit=[{"type": "style"}]), "red square, edit 0: prompt is None"),
         (lambda data: changed(data, edit=[]), "red square: edit is []"),
-        (lambda data: changed(data, video_id="blue"), "no clip frames/blue or videos/blue.mp4"),
         (lambda data: changed(data, video_id="../my data"), "a name without folders"),
-        (lambda data: (data / "videos/star-2.gif").write_bytes(b"GIF89a"), "config.yaml, star-2:"),
     ],
 )
 def test_a_broken_folder_is_refused_by_the_command(refused, data, break_it, message):

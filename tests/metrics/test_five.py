@@ -59,11 +59,32 @@ def test_frames_that_are_all_edited_have_no_preservation(pair):
     a, b = (x.repeat(9, 1, 1, 1) for x in pair)
     mask = torch.ones(9, 48, 40)
     none = FiveMetrics().measure(a, b, mask, "a star")
-    assert none["psnr"] is None and none["ssim"] is None and none["mse"] is None and none["largest"] == 0
+    assert none["psnr"] is None and none["ssim"] is None and none["mse"] is None and none["largest"] is None
     assert none["inside"] == 1
     mask[8, :20] = 0
     one = FiveMetrics().measure(a, b, mask, "a star")
     assert one["psnr"] == pytest.approx(27.06208, abs=1e-4), "the mean over the frames 0, 8, ... that have such an area"
+
+
+def test_frames_that_are_kept_bit_for_bit_have_no_psnr(pair):
+    """It would be infinite, and so would every mean with it."""
+    a, b = (x.repeat(9, 1, 1, 1) for x in pair)
+    mask = torch.zeros(9, 48, 40)
+    mask[:, 20:] = 1
+    b[8, :, :20] = a[8, :, :20]
+    found = FiveMetrics().measure(a, b, mask, "a star")
+    first = FiveMetrics().measure(a[:1], b[:1], mask[:1], "a star")
+    assert found["psnr"] == pytest.approx(first["psnr"])
+    assert found["mse"] == pytest.approx(first["mse"] / 2), "the other figures have these frames"
+    assert FiveMetrics().measure(a, a, mask, "a star")["psnr"] is None
+
+
+def test_niqe_is_of_the_edit_as_it_was_saved(pair):
+    a, b = (x.repeat(9, 1, 1, 1) for x in pair)
+    saved = torch.arange(9, dtype=torch.uint8).view(9, 1, 1, 1).expand(9, 24, 20, 3)
+    metrics = FiveMetrics(niqe=lambda frame: 255 * frame.mean().item() + frame.shape[-1])
+    found = metrics.measure(a, b, torch.zeros(9, 48, 40), "a star", saved=saved)
+    assert found["niqe"] == pytest.approx((0 + 8) / 2 + 20, rel=1e-5)
 
 
 def test_the_structure_distance_compares_the_keys_of_the_last_layer(pair):
