@@ -33,7 +33,7 @@ ABOUT = {
     "([temporal layers](#temporal-layers-tuned-on-the-clip-or-trained-on-many)).",
     "wan": "Methods on the demo's Wan and on the UNet ([video transformer](#on-a-video-transformer)).",
     "outlines": "The main methods, judged with whole outlines ([which judge](#which-judge)).",
-    "world 2": "One edit of each kind in world 2, with its UNet and its Wan ([card](../demo/world2/README.md)).",
+    "world 2": "Three edits of each kind in world 2, with its UNet and its Wan ([card](../demo/world2/README.md)).",
     "removal": "One of two objects removed ([objects removed](#objects-removed)).",
     "flow_mask": "FlowEdit on Wan with and without the flow mask ([video transformer](#on-a-video-transformer)).",
     "few_steps": "FlowEdit with and without the LoRA for few steps ([few steps](#flowedit-in-few-steps)).",
