@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from comfyui.host import REPO
-from commands import frames_written, here
+from commands import here
 from PIL import Image
 
 from fatezero import Recipe, edit, invert
@@ -16,7 +16,6 @@ from fatezero.hosts.diffusers.load import open_model
 from fatezero.video.fitted import FittedVideo
 from fatezero.video.read import open_video
 from fatezero.video.size import to_bytes, to_unit
-from fatezero.video.write import FrameDigest
 
 SOURCE, TARGET, NEGATIVE = "a red square on water", "a green circle on water", "blurry"
 STEPS, FRAMES = 6, 3
@@ -24,12 +23,6 @@ STEPS, FRAMES = 6, 3
 
 def pictures(folder) -> torch.Tensor:
     return torch.stack([torch.tensor(np.array(Image.open(path))) for path in sorted(folder.glob("*.png"))])
-
-
-def digest(frames) -> str:
-    found = FrameDigest()
-    list(found.passing(frames))
-    return str(found)
 
 
 def by_command(folder, preset):
@@ -40,13 +33,12 @@ def by_command(folder, preset):
     return pictures(folder / "edit")
 
 
-def by_batch(folder, preset) -> str:
-    """The digest of the frames, because a batch writes videos."""
+def by_batch(folder, preset) -> torch.Tensor:
     job = {"video": str(CLIP), "source": SOURCE, "target": TARGET, "negative": NEGATIVE, "preset": preset}
-    shared = {"steps": STEPS, "count": FRAMES, "size": [64, 64], "keep": "latents"}
-    (folder / "jobs.yaml").write_text(yaml.safe_dump({**shared, "jobs": [job]}))
+    shared = {"steps": STEPS, "count": FRAMES, "size": [64, 64], "keep": "latents", "lossless": True}
+    (folder / "jobs.yaml").write_text(yaml.safe_dump({**shared, "suffix": ".mkv", "jobs": [job]}))
     here("batch", "jobs.yaml", "--no-measure", cwd=folder)
-    return frames_written(next((folder / "jobs").glob("*.mp4")))
+    return open_video(next((folder / "jobs").glob("*.mkv"))).read().frames
 
 
 def by_python(preset):
@@ -85,10 +77,12 @@ def by_nodes(host, preset):
 def test_every_door_gives_the_same_edit(host, tmp_path, preset):
     """Without the clip's own pixels, which *Restore Unchanged* lays over an edit in ComfyUI.
 
-    Bit for bit except in ComfyUI, which has its own UNet, and whose Save Image rounds down."""
+    Up to rounding, which the calls' sizes may change on some CPUs. ComfyUI has its own UNet, and its Save Image rounds
+    down."""
     command = by_command(tmp_path, preset)
     assert command.shape == (FRAMES, 64, 64, 3)
-    assert by_batch(tmp_path, preset) == digest(command)
-    assert torch.equal(by_python(preset), command)
+    for found in (by_batch(tmp_path, preset), by_python(preset)):
+        change = (found.int() - command.int()).abs()
+        assert change.max() <= 1 and (change > 0).float().mean() < 0.001
     lower = command.int() - by_nodes(host, preset).int()
     assert lower.abs().max() <= 1 and (lower >= 0).float().mean() > 0.999

@@ -20,6 +20,7 @@ from comfyui.test_ltx import (
 from flow_models import LTX23, write_ltx2
 from safetensors.torch import load_file, save_file
 
+from fatezero.attention.condition import FIRST
 from fatezero.hosts.diffusers.load import open_model
 from fatezero.hosts.diffusers.model import ClipFacts
 from fatezero.recipes.recipe import Recipe
@@ -398,7 +399,9 @@ def test_both_hosts_agree(host, of_folder, what, strength, preset):
     graph.condition(what, strength)
     graph.set(graph.edit, preset=preset)
     more = {"control_strength": torch.tensor([strength]), "guide_numbers": torch.tensor([[9]])}
-    inputs = {what: frames[what]} | {name: value for name, value in more.items() if name.startswith(what.rstrip("s"))}
+    inputs = {FIRST if what == "picture" else what: frames[what]} | {
+        name: value for name, value in more.items() if name.startswith(what.rstrip("s"))
+    }
     of_text = {name: {"sound": text.extras["sound"], "mask": text.extras["mask"]} for name, text in texts.items()}
     texts = {name: replace(text, extras={**of_text[name], **inputs}) for name, text in texts.items()}
     injection = None if preset == "none" else Recipe.of_preset(preset, SOURCE, TARGET).injection
