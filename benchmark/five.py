@@ -36,7 +36,7 @@ from .public import (
     opened,
     readable,
     text_of,
-)  # fmt: skip
+)
 
 KINDS = {
     "1": "rigid replacement",
@@ -79,7 +79,8 @@ def load_five(
             if kind in chosen and (each is None or len(found[kind]) < each):
                 name = f"{file.stem.removesuffix('_FiVE')}-{n:03d}"
                 case = readable(partial(_case, folder, name, kind, entry, where, frames or FRAMES), skip)
-                found[kind] += [] if case is None else [case]
+                if case is not None:
+                    found[kind].append(case)
     cases = [case for of_kind in found.values() for case in of_kind]
     if not cases:
         raise FolderError(f"{folder} has no case of {', '.join(sorted(chosen))} whose clip and masks can be read")

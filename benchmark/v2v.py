@@ -35,7 +35,7 @@ from .public import (
     opened,
     readable,
     text_of,
-)  # fmt: skip
+)
 from .v2v_metrics import V2VMetrics, load_gmflow
 
 _PLACES = ("frames/{}", "videos/{}.mp4", "videos/{}.gif", "{}", "{}.mp4", "{}.gif")

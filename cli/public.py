@@ -73,7 +73,7 @@ class PublicRun:
         return self.output / f"{self.option}.jsonl"
 
     @cached_property
-    def usable_as(self) -> dict[str, str]:
+    def identities(self) -> dict[str, str]:
         """What tells the usable models of figures apart: the digest of files, and a hub's name."""
         return {name: digest_of(one) if Path(one).exists() else one for name, one in self.usable.items()}
 
@@ -239,7 +239,7 @@ def _measured_from(run: PublicRun, result: Path, case: Case) -> dict[str, Any]:
     """What a row's figures depend on."""
     given = json.dumps([case.source, case.target, str(case.questions), case.mask and digest_of(case.mask)])
     digests = {"digest": digest_of(result), "given": hashlib.sha256(given.encode()).hexdigest()}
-    return {"result": result.name, **digests, "models": run.usable_as}
+    return {"result": result.name, **digests, "models": run.identities}
 
 
 def _rows(path: Path) -> list[Row]:

@@ -56,7 +56,7 @@ def owners_of_words(caption: str, length: int, before: int = 0) -> Tensor:
 
     before: tokens in front of the first word. Every word is one token.
     """
-    described = Scene.parse(caption).described if caption else []
+    described = Scene.parse(caption).described() if caption else []
     numbers = [NOTHING if of is None else SHAPES.index(of) + 1 if of else 0 for _, of in described]
     return torch.tensor([NOTHING] * before + numbers + [NOTHING] * length, dtype=torch.uint8)[:length]
 

@@ -104,17 +104,16 @@ class Scene:
 
     def caption_without(self, kinds: tuple[str, ...]) -> str:
         """The caption without the words of some kinds."""
-        things = _FRONT.join(thing.phrase(kinds) for thing in self.things)
-        clutter = "" if self.clutter == "bare" else _WITH + self.clutter
-        return f"{STYLES[self.style]}{things}{_ON}{self.background}{clutter}"
+        return " ".join(word for word, _ in self.described(kinds))
 
-    @property
-    def described(self) -> list[tuple[str, str | None]]:
-        """The caption's words with what each describes: a thing's shape, "" the ground, None the whole or nothing."""
+    def described(self, without: tuple[str, ...] = ()) -> list[tuple[str, str | None]]:
+        """The caption's words, without those of some kinds, and what each describes: a thing, by its shape, "" the
+        ground, None nothing of these.
+        """
         found: list[tuple[str, str | None]] = [(word, None) for word in STYLES[self.style].split()]
         for n, thing in enumerate(self.things):
             found += [(word, None) for word in _FRONT.split() if n]
-            found += [(word, thing.shape) for word in thing.phrase().split()]
+            found += [(word, thing.shape) for word in thing.phrase(without).split()]
         ground = self.background + ("" if self.clutter == "bare" else _WITH + self.clutter)
         return [*found, (_ON.strip(), None), *((word, "") for word in ground.split())]
 

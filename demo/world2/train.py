@@ -185,10 +185,11 @@ class Captions:
 
 
 def start_from(folder: Path | None, **networks: nn.Module) -> None:
-    """Load the weights of a finished model into networks, which are named like its folders."""
+    """Load the weights of a finished model, if one is given, into networks, which are named like its folders."""
+    if folder is None:
+        return
     for name, network in networks.items():
-        if folder:
-            network.load_state_dict(type(network).from_pretrained(folder / name).state_dict())  # type: ignore[attr-defined]
+        network.load_state_dict(type(network).from_pretrained(folder / name).state_dict())  # type: ignore[attr-defined]
 
 
 def train_unet(run: Run, pictures: Latents, settings: Settings, device: torch.device, report: Report) -> Painter:

@@ -11,6 +11,7 @@ from ...attention.key_frames import Chunk, KeyFrames
 from ...diffusion.steering import Recording
 from .conditions import HostCondition
 from .noise import noise_of
+from .sameness import WINDOWS
 from .sampling import LoopGuider
 
 OWN_FRAME = KeyFrames(("self",))
@@ -52,7 +53,7 @@ class AttentionGuider(ClipGuider):
 
     def sample(self, noise: Tensor, latent_image: Tensor, *rest: Any, **more: Any) -> Tensor:
         """Raises ValueError for context windows, which predict some frames at a time."""
-        if self.model_options.get("context_handler") is not None:
+        if self.model_options.get(WINDOWS) is not None:
             raise ValueError("model: attention cannot be recorded in context windows: remove them")
         result: Tensor = super().sample(noise, latent_image, *rest, **more)
         return result

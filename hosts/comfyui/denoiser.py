@@ -30,7 +30,7 @@ from .guides import Guides
 from .hook import Hook
 from .latents import unpacked_parts
 from .noise import noise_of
-from .sameness import same_in_place
+from .sameness import WINDOWS, same_in_place
 from .temporal import temporal_layers
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class ComfyDenoiser:
         self.of_edits: Schedule | None = None
         """That of a store's edits, where its inversion takes more steps."""
         attends = guider.edited.family.attention
-        self._handler = options.pop("context_handler", None) if attends else None  # our own chunks use its windows
+        self._handler = options.pop(WINDOWS, None) if attends else None  # our own chunks use its windows
         self._edited = _Branch(guider.edited, options, guider.conds | guider.others, guider)
         for role, conditions in self._edited.conditions.items():
             if attends and not role.startswith("negative"):
@@ -182,7 +182,7 @@ class ComfyDenoiser:
 
     def _check_windows(self, key_frames: KeyFrames) -> None:
         """Raise ValueError if inversion and edit have different context windows, and frames depend on each other."""
-        handlers = (self._handler, self._guider.sourced.patcher.model_options.get("context_handler"))
+        handlers = (self._handler, self._guider.sourced.patcher.model_options.get(WINDOWS))
         edit, source = (
             handler and {name: value for name, value in vars(handler).items() if name not in ("_step", "_model")}
             for handler in handlers
@@ -415,7 +415,7 @@ class ComfyDenoiser:
 
 def _side_branch(side: SideGuider, conditions: dict[str, Any]) -> _Branch:
     """The branch of an additional MODEL of the run."""
-    options = {name: value for name, value in side.running.items() if name != "context_handler"}
+    options = {name: value for name, value in side.running.items() if name != WINDOWS}
     return _Branch(side.hooked, options, conditions, side)
 
 

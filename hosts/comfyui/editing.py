@@ -27,6 +27,7 @@ from .guides import check_guides, with_guides
 from .inversion import NOISE_MASK, HostStore, edited_samples, mask_in_store, noise_samples, schedule_of_store, source_of
 from .latents import mask_of_frames, mask_of_latents, packed, shapes_of, streams, unpacked, zeros_like
 from .noise import FlowNoise, noise_of
+from .sameness import WINDOWS
 from .sampling import DDIMSampler, LoopGuider, check_quiet, run_in_host
 
 
@@ -48,7 +49,7 @@ class EditGuider(LoopGuider):
 
         Raises ValueError for context windows with a propagation, which has its own batches.
         """
-        if model.model_options.get("context_handler") is not None and any(e.propagation for e in edits):
+        if model.model_options.get(WINDOWS) is not None and any(e.propagation for e in edits):
             raise ValueError(
                 "model: context windows conflict with TokenFlow, which has its own batches: remove one of them"
             )

@@ -22,7 +22,7 @@ from ...store.identity import ModelIdentity
 from ...store.records import Memory, PairedBranch, kept_as_map
 from .conditions import NOTHING, READ
 from .latents import Shapes
-from .sameness import same_forward
+from .sameness import WINDOWS, same_forward
 
 ALL_KINDS: Sequence[Kind] = SEPARATE
 OVERRIDE = "optimized_attention_override"
@@ -73,7 +73,7 @@ class Hook:
         """kinds: of the attention layers to hook; the others stay as they are."""
         self.given, self.kinds = model, kinds
         """The MODEL as other nodes left it."""
-        self.handler = model.model_options.get("context_handler")
+        self.handler = model.model_options.get(WINDOWS)
         """The host's context windows, of a pair those of its first MODEL."""
         self.patcher = model.clone()
         self.patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILED)

@@ -14,6 +14,7 @@ from .attention_maps import OWN_FRAME, AttentionGuider, ClipGuider
 from .chunks import WrappersMP
 from .conditions import HostCondition
 from .denoiser import ComfyDenoiser
+from .sameness import WINDOWS
 from .sampling import room_for
 
 
@@ -55,7 +56,7 @@ class LayoutGuider(ClipGuider):
             )
         frames, _, height, width = latent_image.shape
         self._layout = self._guidance_of((frames, height, width))
-        if not self._layout.moves_latents and self.model_options.get("context_handler") is not None:
+        if not self._layout.moves_latents and self.model_options.get(WINDOWS) is not None:
             raise ValueError("model: forward guidance does not support context windows: set mode to backward")
         if isinstance(self._layout, FollowingSteering):
             recorded = self._layout.recorder()

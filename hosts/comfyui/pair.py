@@ -8,10 +8,8 @@ from uuid import uuid5
 
 from .hook import Hook, node_of
 from .noise import is_flow
-from .sameness import OWN_OPTION, ROOM, equal
+from .sameness import OWN_OPTION, ROOM, WINDOWS, equal
 
-WINDOWS = "context_handler"
-"""The host's option with its Context Windows."""
 PAIR = f"{OWN_OPTION}_low_noise"
 """The option of a MODEL with its low-noise model, a `Pair`."""
 

@@ -17,6 +17,8 @@ ROOM = "memory_required"
 """The host's method that estimates a call's memory, which FateZero replaces."""
 OWN_OPTION = "fatezero"
 """The prefix of FateZero's own options of a MODEL."""
+WINDOWS = "context_handler"
+"""The host's option of a MODEL with its Context Windows."""
 OF_GUIDANCE = {
     "sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function", "sampler_calc_cond_batch_function",
     "disable_cfg1_optimization", "denoise_mask_function",
@@ -26,7 +28,7 @@ OF_RUNS = {WrappersMP.PREPARE_SAMPLING, WrappersMP.PREDICT_NOISE}
 """Wrappers around the calls of a model: memory and guidance."""
 PLAIN = (bool, int, float, str, bytes, UUID, torch.dtype, torch.device)
 """Types compared by value; others are compared by identity."""
-HARMLESS = {*OF_GUIDANCE, "context_handler"}
+HARMLESS = {*OF_GUIDANCE, WINDOWS}
 """Options that do not change a call of the model: of guidance, and of the call's frames."""
 
 

@@ -32,6 +32,7 @@ from .guides import Guides
 from .hook import ALL_KINDS, Hook
 from .latents import packed, shapes_of, zeros_like
 from .noise import is_flow, noise_of
+from .sameness import WINDOWS
 
 Loop = Callable[[ComfyDenoiser, Tensor, Progress], Tensor]
 """A loop of the library on its latents (frames, c, h, w); returns latents."""
@@ -340,7 +341,7 @@ def check_quiet(noise: Any, why: str) -> None:
 
 def check_options(model: Any, hook: Hook) -> None:
     """Raise ValueError for unsupported options of a MODEL in a run with a hook."""
-    handler = model.model_options.get("context_handler")
+    handler = model.model_options.get(WINDOWS)
     own = family_of(model).frame_dim
     if handler is not None and hook.family.attention:
         if not hook.host_windows:

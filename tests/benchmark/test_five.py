@@ -249,7 +249,7 @@ def test_other_weights_under_the_same_name_are_measured_again(tmp_path):
     for weights in (b"some", b"others", b"some"):
         (tmp_path / "niqe.mat").write_bytes(weights)
         run = PublicRun("five", tmp_path, ("style",), {}, NO_MODELS | {"lpips": str(tmp_path / "niqe.mat")}, "cpu", 1)
-        found.append(run.usable_as)
+        found.append(run.identities)
     assert found[0] == found[2] != found[1]
 
 

@@ -173,7 +173,7 @@ def test_shapes_are_read_from_a_layer_and_things_weigh_more():
 def test_the_words_of_a_caption_describe_its_things():
     random = Random(1)
     for scene in (random_scene(random) for _ in range(50)):
-        assert " ".join(word for word, _ in scene.described) == scene.caption
+        assert " ".join(word for word, _ in scene.described()) == scene.caption
     caption = "comic drawing of a big striped red fish at left in front of a blue ball on sand with stones"
     fish, ball = (SHAPES.index(shape) + 1 for shape in ("fish", "ball"))
     expected = [NOTHING] * 4 + [fish] * 7 + [NOTHING] * 3 + [ball] * 3 + [NOTHING] + [0] * 3 + [NOTHING] * 3
