@@ -1,6 +1,6 @@
 """The models of world 2: stock classes like the demo world's, for pictures of twice the side.
 
-Latents are (4, 32, 32). The UNet attends on 16x16 and 8x8 places, the transformer on 8x8 in each frame.
+Latents are (4, 32, 32). The UNet attends on 16x16 and 8x8 places, the transformer on 16x16 in each frame.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ TEXT_TOKENS = 56
 """Tokens of every prompt of the transformer, padding included."""
 
 
-def build_unet() -> UNet2DConditionModel:
-    """An epsilon-predicting UNet without attention at its first level."""
+def build_unet(width: int = 64) -> UNet2DConditionModel:
+    """An epsilon-predicting UNet without attention at its first level. width: a multiple of 32."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
-        block_out_channels=(64, 64, 64),
+        block_out_channels=(width,) * 3,
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -36,8 +36,8 @@ def build_unet() -> UNet2DConditionModel:
     )
 
 
-def build_transformer() -> VideoTransformer:
-    return video_model.build_transformer(patch=4, heads=5, layers=6, ffn=448)
+def build_transformer(heads: int = 5, ffn: int = 448) -> VideoTransformer:
+    return video_model.build_transformer(heads=heads, ffn=ffn)
 
 
 class ShapeReader(nn.Module):

@@ -35,15 +35,16 @@ from .scenes import SIZE, VOCABULARY
 
 READING = 0.1
 """Weight of the readers' errors."""
-LENGTHS, SHARES = (1, 9, 17), ((0.7, 0.2, 0.1), (0.3, 0.35, 0.35))
+LENGTHS, SHARES = (1, 9, 17), ((0.9, 0.07, 0.03), (0.5, 0.35, 0.15))
 """Lengths of the transformer's clips, and their shares of the steps in the first and the second half."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Training settings for a GPU; `on_cpu` are those for a CPU.
+    """Training settings for a GPU; `on_cpu` are those for a CPU, with smaller models.
 
     Pictures and clips grow with the steps: `first`, and one file of them every `grow` steps. frames: of a step's clips.
+    width: of the UNet. heads, ffn: of the transformer.
     """
 
     seed: int = 0
@@ -57,6 +58,9 @@ class Settings:
     unet_steps: int = 12_000
     unet_batch: int = 96
     unet_rate: float = 6e-4
+    width: int = 128
+    heads: int = 8
+    ffn: int = 768
     steps: int = 12_000
     frames: int = 204
     rate: float = 1e-3
@@ -74,7 +78,7 @@ class Settings:
     def on_cpu(self) -> Settings:
         return replace(
             self, vae_steps=700, vae_batch=4, crops=3_000, pictures=16_000, clips=800, first=1_000, grow=250,
-            unet_steps=7_500, unet_batch=16, steps=9_000, frames=34,
+            unet_steps=7_500, unet_batch=16, width=64, heads=5, ffn=448, steps=9_000, frames=18,
         )  # fmt: skip
 
     def tiny(self) -> Settings:
@@ -184,20 +188,19 @@ class Captions:
         ]
 
 
-def start_from(folder: Path | None, **networks: nn.Module) -> None:
-    """Load the weights of a finished model, if one is given, into networks, which are named like its folders."""
-    if folder is None:
-        return
-    for name, network in networks.items():
-        network.load_state_dict(type(network).from_pretrained(folder / name).state_dict())  # type: ignore[attr-defined]
+def begin_from(folder: Path | None, live: nn.Module) -> None:
+    """Replace a painter's networks by those of a finished model, of its sizes, if one is given."""
+    for name, network in list(live.named_children()) if folder else []:
+        finished = type(network).from_pretrained(folder / {"text": "text_encoder"}.get(name, name))  # type: ignore
+        setattr(live, name, finished.float())
 
 
 def train_unet(run: Run, pictures: Latents, settings: Settings, device: torch.device, report: Report) -> Painter:
     """Predict epsilon as in the demo world, with more weight on things, and shapes read from places of 16x16."""
     torch.manual_seed(settings.seed)
     tokenizer = demo.build_tokenizer(run.state / "tokenizer", VOCABULARY)
-    live = Painter(tokenizer, build_unet())
-    start_from(run.start and run.start / "unet", unet=live.unet, text_encoder=live.text)
+    live = Painter(tokenizer, build_unet(settings.width))
+    begin_from(run.start and run.start / "unet", live)
     live.to(device).train()
     if device.type == "cpu":
         live.unet.set_attn_processor(AttnProcessor())  # fused kernels take half as long again with heads this narrow
@@ -234,11 +237,11 @@ def train_transformer(
     """Predict velocity as in the demo world, of pictures and of clips."""
     torch.manual_seed(settings.seed)
     tokenizer = video_model.build_tokenizer(VOCABULARY, TEXT_TOKENS)
-    live = VideoPainter(tokenizer, build_transformer())
-    start_from(run.start and run.start / "wan", transformer=live.transformer, text_encoder=live.text)
+    live = VideoPainter(tokenizer, build_transformer(settings.heads, settings.ffn))
+    begin_from(run.start and run.start / "wan", live)
     live.to(device).train()
     blocks = live.transformer.blocks
-    reader = ShapeReader(blocks[len(blocks) // 2], 160).to(device)
+    reader = ShapeReader(blocks[len(blocks) // 2], live.transformer.proj_out.in_features).to(device)
     words = WordReader(block.attn2 for block in blocks[1 : len(blocks) // 2 + 1])
     for data in (pictures, clips):
         grown(data, settings, 0)

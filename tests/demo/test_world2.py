@@ -207,8 +207,14 @@ def test_attention_to_the_words_of_what_covers_a_place_is_measured():
         assert not layer._forward_pre_hooks
 
 
+def test_models_trained_on_a_gpu_have_5_to_10_million_parameters():
+    large = trainer.Settings()
+    for network in (build_unet(large.width), build_transformer(large.heads, large.ffn)):
+        assert 5e6 < sum(weight.numel() for weight in network.parameters()) < 10e6
+
+
 @pytest.mark.parametrize("part", ["unet", "wan"])
-def test_a_training_starts_from_finished_models(tmp_path, part):
+def test_a_training_starts_from_finished_models_of_other_sizes(tmp_path, part):
     bundled, settings = WORLD2, replace(trainer.Settings().tiny(), unet_steps=0, steps=0)
     run = trainer.Run(tmp_path, tmp_path / "state", [part], start=bundled)
     trainer.train(run, settings, CPU, lambda _: None)
