@@ -63,6 +63,11 @@ class Condition:
         own = {name: other.extras[name] for name in PICTURES if name in self.extras and name in other.extras}
         return replace(self, extras={**self.extras, **own})
 
+    @property
+    def compared(self) -> Condition:
+        """The condition for predictions that are compared with the source's, without guidance of any kind."""
+        return self
+
     def to(self, like: Tensor) -> Condition:
         """The condition on the device and in the dtype of a tensor; whole numbers stay whole."""
         extras = {

@@ -104,10 +104,10 @@ class Windows:
     def of_video(cls, frames: int, overlap: int | None, frames_per_latent: int) -> Windows:
         """The windows of at most so many frames of the video, on a model that codes several frames in a latent.
 
-        overlap: frames of the video; None for half a window, which leaves fewer seams than a quarter.
+        overlap: frames of the video, in whole latents; None for half a window, which leaves fewer seams than a quarter.
         """
         latents = (frames - 1) // frames_per_latent + 1
-        return cls(latents, latents // 2 if overlap is None else overlap // frames_per_latent)
+        return cls(latents, latents // 2 if overlap is None else min(-(-overlap // frames_per_latent), latents - 1))
 
     def in_groups(self, group: int) -> Windows:
         """The same in whole groups of frames, at least one."""

@@ -25,11 +25,10 @@ if TYPE_CHECKING:
     from ..hosts.diffusers.model import Model
 
 
-def checked_layout(checkpoint: Model, config: EditConfig, prompt: PromptEdit | None, frames: int) -> Layout | None:
-    """An edit's layout, if any. Raises ValueError for parts that do not fit each other or the model."""
+def check_parts(checkpoint: Model, config: EditConfig, prompt: PromptEdit | None, frames: int) -> None:
+    """Raise ValueError for parts of an edit that do not fit each other or the model."""
     layout = layout_of(config, checkpoint.tokenizer, config.target, frames)
     config.planned_recipe(layout=layout).check(checkpoint.denoiser.spans_clip, prompt)
-    return layout
 
 
 def motion_of(

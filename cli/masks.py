@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..attention.masks import GivenMask, mask_by_latent
@@ -9,7 +10,8 @@ from ..imports import torch
 from ..models.family import frames_of_latents
 from ..video.fitted import FittedVideo
 from ..video.read import VideoSource, open_video
-from ..video.size import to_unit
+from ..video.size import crop_on, to_unit
+from .config.paths import files_of
 from .config.settings import ConfigError, EditConfig, of_setting
 
 if TYPE_CHECKING:
@@ -25,10 +27,20 @@ def found_mask(name: str, file: str, frames: int | None = None) -> VideoSource:
         return open_video(file, count=1 if still else frames)
 
 
-def check_edit_mask(config: EditConfig, frames: int) -> None:
-    """Raise ConfigError for an edit mask with neither one frame nor the clip's number of frames."""
-    if config.edit_mask and (found := len(found_mask("edit_mask", config.edit_mask))) not in (1, frames):
-        raise ConfigError(f"edit_mask: {config.edit_mask} has {found} frames; give one, or {frames} like the clip")
+def check_masks(config: EditConfig, frames: int) -> None:
+    """Raise ConfigError for a mask with neither one frame nor the clip's number of frames."""
+    for what, file in files_of(config).items():
+        if what.partition(" ")[0] in ("edit_mask", "mask", "object_mask"):
+            found = len(found_mask(what, file))
+            if found not in (1, frames):
+                raise ConfigError(f"{what}: {file} has {found} frames; give one, or {frames} like the clip")
+
+
+def fitted_like(
+    crop: tuple[int, int, int, int], size: tuple[int, int], clip: VideoSource | None
+) -> Callable[[VideoSource], FittedVideo]:
+    """Crops and scales other pictures like a clip; None if it is not there, and they have its size."""
+    return lambda found: FittedVideo.of(found, crop if clip is None else crop_on(crop, clip.size, found.size), size)
 
 
 def edit_mask(
@@ -43,7 +55,8 @@ def edit_mask(
     if isinstance(video, Windowed):
         return GivenMask(_by_latent(window_of_mask(config, video, size), checkpoint), config.mask_mode)
     with of_setting("edit_mask"):
-        mask = grey(FittedVideo.of(found_mask("edit_mask", config.edit_mask), crop, size))
+        fit = fitted_like(crop, size, video)
+        mask = grey(fit(found_mask("edit_mask", config.edit_mask)))
     return GivenMask(mask if len(mask) == 1 else _by_latent(mask, checkpoint), config.mask_mode)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..attention.prompt import places_of
 from ..methods.layout import Form, Layout, LayoutObject, Swap, named_path
 from ..settings import shown
+from ..video.fitted import FittedVideo
+from ..video.read import VideoSource
 from .config.settings import ConfigError, EditConfig, GenerateConfig
 from .masks import found_mask, grey
 
@@ -18,18 +21,24 @@ _FORMS: tuple[Form | Literal["shift", "swap"], ...] = ("box", "ellipse", "shift"
 """The settings of objects on paths, or relative to their place."""
 
 
-def layout_of(config: EditConfig | GenerateConfig, tokenizer: Any, prompt: str, frames: int) -> Layout | None:
-    """The layout of a configuration, if any.
+def layout_of(
+    config: EditConfig | GenerateConfig,
+    tokenizer: Any,
+    prompt: str,
+    frames: int,
+    fit: Callable[[VideoSource], VideoSource | FittedVideo] = lambda found: found,
+) -> Layout | None:
+    """The layout of a configuration, if any. fit: crops and scales masks like the clip.
 
     Raises ValueError for words that are not in the prompt, or that no place is named for.
     """
-    known = _by_words("object_mask", getattr(config, "object_mask", ()), frames)
+    known = _by_words("object_mask", getattr(config, "object_mask", ()), frames, fit)
     found = []
     for form in _FORMS:
         for text in getattr(config, form, ()):
             words, way = named_path(text, form)
             found.append(LayoutObject(words, way, known.pop(words, None)))
-    for words, mask in _by_words("mask", config.mask, frames).items():
+    for words, mask in _by_words("mask", config.mask, frames, fit).items():
         found.append(LayoutObject(words, mask, known.pop(words, None)))
     if known:
         raise ValueError(
@@ -69,7 +78,9 @@ def _words_and_file(name: str, text: str) -> tuple[str, str]:
     return words.strip(), file.strip()
 
 
-def _by_words(name: str, texts: tuple[str, ...], frames: int) -> dict[str, Tensor]:
+def _by_words(
+    name: str, texts: tuple[str, ...], frames: int, fit: Callable[[VideoSource], VideoSource | FittedVideo]
+) -> dict[str, Tensor]:
     """Masks (frames or 1, height, width) by words, from texts "words: file"."""
     files = (_words_and_file(name, text) for text in texts)
-    return {words: grey(found_mask(name, file, frames)) for words, file in files}
+    return {words: grey(fit(found_mask(name, file, frames))) for words, file in files}

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ..files.whole import check_free, check_name, reserved
 from ..video.pictures import picture_files, would_name
-from ..video.write import output_files
+from ..video.write import is_sequence, output_files
+from .config.record import record_path
 
 
 class Outputs(ExitStack):
@@ -35,10 +36,21 @@ class Outputs(ExitStack):
         """An output of frames. Raises ValueError for an unsuitable name, and OSError for an unwritable place."""
         _check_output(path)
         first, *more = output_files(path, frames)
+        if is_sequence(path) and (beyond := output_files(path, frames + 1)[-1]).exists():
+            raise FileExistsError(
+                f"{beyond} is there already and would follow the {frames} pictures of this run as part of their clip: "
+                "remove it and those after it, or write to another folder"
+            )
         self.file(first)
         for one in more:
             self._refuse_input(one)
             check_free(one, self._overwrite)
+
+    def results(self, paths: Iterable[str], frames: int) -> None:
+        """Edited clips and their records."""
+        for path in paths:
+            self.clip(path, frames)
+            self.file(record_path(path))
 
     def file(self, path: str | Path) -> None:
         """Any other output. Raises OSError if it cannot be written."""

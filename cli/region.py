@@ -17,7 +17,7 @@ from ..video.restore import placed
 from ..video.size import resize_to_fill, to_unit
 from .config.settings import OBJECTS, ConfigError, EditConfig, of_setting
 from .frames import encode, fit_frames, for_clip, shape_of
-from .masks import check_edit_mask, found_mask
+from .masks import check_masks, found_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ def in_region(config: EditConfig, video: VideoSource) -> VideoSource:
     """The frames to edit: with region auto, a window around the edit mask, if one is given."""
     if config.region == "none" or not config.edit_mask:
         return video
-    check_edit_mask(config, len(video))
+    check_masks(config, len(video))
     with of_setting("edit_mask"):
         masks = (frame[..., 0] / 255 for frame in _masks(config, video))
         return _windowed(video, region_of(masks, _aspect(config)))

@@ -14,11 +14,11 @@ from rich.console import Console
 from ..imports import torch
 from ..models import DEMOS
 from ..settings import shown
-from ..video.fitted import FittedVideo
-from ..video.read import open_video
+from ..video.read import VideoSource, open_video
 from ..video.which import colour_of
 from .config.paths import check_names, files_of, is_clip
 from .config.settings import EditConfig, GenerateConfig, ModelSettings, TuneConfig, of_setting
+from .masks import fitted_like
 from .outputs import Outputs
 from .progress import Bar, in_a_line, printable
 
@@ -189,11 +189,12 @@ def controlled(
     cut: EditConfig,
     frames: int,
     size: tuple[int, int],
+    clip: VideoSource | None,
 ) -> Model:
     """A model with the configuration's ControlNet, if any, on pictures cropped like the clip.
 
-    cut: the settings of the clip. Raises ValueError for a model without ControlNet support, for too few pictures, and
-    for a range without a step.
+    cut: the settings of the clip; clip: None if it is not there. Raises ValueError for a model without ControlNet
+    support, for too few pictures, and for a range without a step.
     """
     from ..hosts.diffusers.checkpoint import quiet
 
@@ -204,7 +205,7 @@ def controlled(
         source = open_video(
             chosen.control, cut.start, cut.stride, frames, fps=cut.frame_rate, background=colour_of(cut.background)
         )
-        pictures = torch.stack(list(FittedVideo.of(source, cut.crop, size).frames()))
+        pictures = torch.stack(list(fitted_like(cut.crop, size, clip)(source).frames()))
     with quiet(), of_setting("controlnet"):
         made = checkpoint.with_control(
             chosen.controlnet, pictures, chosen.controlnet_strength, chosen.control_start, chosen.control_end,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,14 @@ from ..store.store import AttentionStore, StoreError, as_store_error
 from ..video.fitted import FittedVideo
 from ..video.read import Sound, SoundTrack, VideoSource
 from ..video.which import ClipSettings
-from .config.paths import is_here
+from .config.paths import digest_of, is_here
 from .config.settings import AUTO, EditConfig
 from .config.values import checked
 from .frames import find_frames
 
 if TYPE_CHECKING:
     from ..hosts.diffusers.model import Model
+    from .session import Session
 
 _OF_THE_CLIP = tuple(one.name for one in settings_of(ClipSettings))
 _KEPT = (*_OF_THE_CLIP, "precision", "keep_steps")
@@ -36,7 +37,7 @@ def origin_of(checkpoint: Model, config: EditConfig, video: FittedVideo) -> Orig
         samples, rate = torch.from_numpy(np.concatenate(blocks, axis=1)), sound.rate
     return Origin(
         video.fps, len(video), video.times, {name: getattr(config, name) for name in _KEPT}, checkpoint.vae_identity,
-        config.model, Path(config.video).name, video.size, samples, rate,
+        config.model, Path(config.video).name, video.size, samples, rate, digest_of(config.video),
     )  # fmt: skip
 
 
@@ -65,6 +66,15 @@ def sound_of(origin: Origin, video: str) -> Sound | SoundTrack | None:
     if origin.sound is None or origin.sound_rate is None:
         return None
     return Sound(origin.sound.numpy().astype(np.float32) / 32767, origin.sound_rate)
+
+
+def note_of_other_video(session: Session, origin: Origin | None, files: Mapping[str, str]) -> None:
+    """Note that the video of an edit is another file than its store's. files: the digests of the edit's."""
+    if origin is not None and origin.digest and files.get("video", origin.digest) != origin.digest:
+        session.note(
+            f"the video is not the file {origin.video} that was inverted: the result has its sound, and its pixels "
+            "where they stay"
+        )
 
 
 def with_store(config: EditConfig, store: AttentionStore, origin: Origin) -> EditConfig:

@@ -116,7 +116,7 @@ def prompt_heat(
     attended: tuple[list[Tensor], list[Tensor]] = ([], [])
     for level in levels_compared(store):
         z, noise = store.level(level).to(denoiser.device), []
-        prompts = store.source, target.with_guidance_of(store.source)
+        prompts = store.source, target.compared.with_guidance_of(store.source)
         for condition, own, heats in zip(prompts, tokens, attended, strict=True):
             predicted, heat = _at_level(denoiser, store, z, level, condition, sites if own else (), chunks, own)
             noise.append(predicted)

@@ -20,7 +20,7 @@ from ..diffusion.parts import BaseInjection, Edit, EditContext, Injected
 from ..diffusion.prompt_mask import prompt_heat
 from ..imports import F, no_grad, torch
 from ..settings import setting
-from ..store.streams import mask_of_all
+from ..store.streams import mask_of_all, mask_of_latents
 from .flow_edit import draw
 from .method import Method
 
@@ -103,7 +103,7 @@ class FlowMask(Injected):
         self.mask = mask_from(self.difference, settings)
         found = mask_of_all(store, self.mask).to(context.latents_like)
         if given is not None:
-            own = given.at((found.shape[-2], found.shape[-1]), store.frames)
+            own = mask_of_latents(store, given).to(found)
             joining = replace(given, how="intersection") if settings.within else given
             found = joining.joined(own, found)
         self._inside = found[:, None]

@@ -245,8 +245,7 @@ class FateZeroEncodeVideo(io.ComfyNode):
         if height % ratio or width % ratio:
             raise ValueError(f"images: {width}x{height} must be multiples of {ratio}: use Load Video Frames (FateZero)")
         if getattr(vae, "latent_dim", 2) == 3:  # a video VAE, which encodes all frames of certain numbers
-            of_latent = vae.temporal_compression_decode() or 1
-            missing = -(len(images) - 1) % of_latent
+            missing = _whole(vae, len(images)) - len(images)
             clip = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
             return io.NodeOutput({"samples": vae.encode(clip[..., :3])})
         bar = comfy.utils.ProgressBar(len(images))
@@ -256,3 +255,12 @@ class FateZeroEncodeVideo(io.ComfyNode):
             parts.append(vae.encode(chunk[..., :3]))
             bar.update(len(chunk))
         return io.NodeOutput({"samples": torch.cat(parts)})
+
+
+def _whole(vae: Any, frames: int) -> int:
+    """The least number of frames, of at least so many, that a video VAE encodes without dropping some."""
+    try:
+        encoded, decoded = vae.downscale_ratio[0], vae.upscale_ratio[0]
+        return next(count for count in range(frames, frames + 64) if decoded(encoded(count)) == count)
+    except TypeError:  # it encodes each frame
+        return frames

@@ -21,7 +21,8 @@ class Origin:
     fps, times: of the frames, in frames a second and seconds; times only where they vary. frames: of the clip, whose
     latents may be fewer. settings: those that cut the clip and kept the store; empty for a store of another program.
     vae: its autoencoder. model: its name as the user gave it. video: the file's name. size: (width, height) in pixels.
-    sound: int16 (channels, samples) of these frames, at `sound_rate` samples a second.
+    sound: int16 (channels, samples) of these frames, at `sound_rate` samples a second. digest: of the file, empty if it
+    is not known.
     """
 
     fps: Fraction
@@ -34,6 +35,7 @@ class Origin:
     size: tuple[int, int] | None = None
     sound: Tensor | None = None
     sound_rate: int | None = None
+    digest: str = ""
 
     def kept(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """`AttentionStore.extra` and `AttentionStore.attachments` that keep it."""
@@ -41,6 +43,7 @@ class Origin:
             "model": self.model,
             "vae": None if self.vae is None else asdict(self.vae),
             "video": self.video,
+            "digest": self.digest,
             "settings": self.settings,
             "size": self.size,
             "frames": self.frames,
@@ -59,13 +62,14 @@ class Origin:
             fps = _fraction(extra.get("fps", (8, 1)))
             if not 0 < fps <= 1000:
                 raise ValueError("invalid frame rate")
-            vae, model, video = extra.get("vae"), extra.get("model"), extra.get("video", "")
-            if not isinstance(model, (str, type(None))) or not isinstance(video, str):
+            vae, model = extra.get("vae"), extra.get("model")
+            video, digest = extra.get("video", ""), extra.get("digest", "")
+            if not isinstance(model, (str, type(None))) or not isinstance(video, str) or not isinstance(digest, str):
                 raise ValueError("invalid name of its model or its video")
             sound, rate = _sound(extra.get("sound_rate"), store.attachments.get("sound"))
             return cls(
                 fps, frames, times, dict(extra.get("settings", {})), None if vae is None else ModelIdentity.read(vae),
-                model, video, sound=sound, sound_rate=rate,
+                model, video, sound=sound, sound_rate=rate, digest=digest,
             )  # fmt: skip
 
 

@@ -21,6 +21,8 @@ _H264 = (".mp4", ".mov", ".mkv")
 """Formats that have H.264."""
 ALPHA = {".webm": "libvpx-vp9", ".mkv": "ffv1", ".mov": "prores_ks"}
 """Encoders of transparent frames, by the formats that can be transparent."""
+_TRANSPARENT = {"libvpx-vp9": {"yuva420p"}}
+"""The transparent formats that an encoder really takes, where it names more."""
 _NO_ODD_SIZES = ("libx264", "libx265")
 os.environ.setdefault("SVT_LOG", "1")  # only errors of SVT-AV1, which prints on its own
 
@@ -52,6 +54,7 @@ def encodable(given: Frame, codec: str) -> av.VideoFrame:
         return _of_rgb(given.cpu().numpy(), codec)
     formats = {kind.name for kind in av.Codec(codec, "w").video_formats or ()}
     if has_alpha(given):
+        formats = _TRANSPARENT.get(codec, formats)
         return given if given.format.name in formats else _with_alpha(given, codec)
     if given.format.is_rgb and (codec != "ffv1" or given.format.name not in formats):
         return _of_rgb(converted(given, "rgb24").to_ndarray(), codec)

@@ -28,6 +28,13 @@ def check_crop(width: int, height: int, left: int, top: int, right: int, bottom:
         raise ValueError(f"crop {left},{top},{right},{bottom} (left, top, right, bottom) does not fit {width}x{height}")
 
 
+def crop_on(cut: tuple[int, int, int, int], clip: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """A crop of frames of the size `clip` as one of pictures of another size that show the same: (width, height)."""
+    x, y = size[0] / clip[0], size[1] / clip[1]
+    left, top, right, bottom = cut
+    return round(left * x), round(top * y), round(right * x), round(bottom * y)
+
+
 def fit_size(width: int, height: int, short: int, multiple: int) -> tuple[int, int]:
     """(width, height) with this short side, the nearest aspect ratio, multiples of `multiple`.
 

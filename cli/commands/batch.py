@@ -29,7 +29,7 @@ from ..batch.summary import Digest, Row, sources_of, write_summary
 from ..batch.work import Ended, WorkerOptions, config_for, groups_of
 from ..config.files import MADE
 from ..config.paths import digest_of
-from ..config.record import record_path
+from ..config.record import files_read, record_path
 from ..config.settings import ConfigError, EditConfig
 from ..config.values import config_as
 from ..options import DryRun, Dtype, ModelConfig, Quiet, given_of, options_of
@@ -298,7 +298,7 @@ def _cores() -> int:
 
 
 def _is_done(job: Job, config: EditConfig, run: Run, batch: Batch, digest: Digest) -> bool:
-    """Whether the result exists with its record, and was made from the clip's current content.
+    """Whether the result exists with its record, and was made from the current content of its clip and other files.
 
     Its name identifies the settings.
     """
@@ -307,8 +307,8 @@ def _is_done(job: Job, config: EditConfig, run: Run, batch: Batch, digest: Diges
     if not result.is_file() or not record.is_file():
         return False
     try:
-        made_of = json.loads(record.read_text(encoding="utf-8"))[MADE]["files"].get("video")
-        return bool(made_of == digest(config.video)) if config.video else True
+        made_of = json.loads(record.read_text(encoding="utf-8"))[MADE]["files"]
+        return all(made_of.get(what) == own for what, own in files_read([config], None, digest)[0].items())
     except (OSError, ValueError, LookupError, TypeError):
         return False
 

@@ -36,26 +36,25 @@ from ..config.record import (
     made_by,
     metadata_of,
     record_of,
-    record_path,
     without_given,
     write_record,
 )
 from ..config.settings import AUTO, PRESETS, EditConfig
-from ..edits import checked_layout, motion_of, one_edit
+from ..edits import check_parts, motion_of, one_edit
 from ..families import check_edits, check_guidance
 from ..frames import decode, fit_frames, for_clip, found_frames, pictures_of, shape_of, with_pictures
 from ..keep import Original, Restored, laid, original_of, recorded_with, refuse_kept
 from ..maps import HELP as MAPS
 from ..maps import Kept, check_maps, map_folders, recording, reserve_maps, write_recorded
-from ..masks import check_edit_mask, edit_mask
-from ..objects import check_objects
+from ..masks import check_masks, edit_mask, fitted_like
+from ..objects import check_objects, layout_of
 from ..options import AS_USUAL, GROUPS, Config, Resume, RunOptions, Video, edit_options, flags_of
 from ..outputs import Outputs, numbered
 from ..plan import in_chunks, in_windows, plan, store_for
 from ..region import in_region, in_region_of_prompts
 from ..session import Session, check_control, controlled
 from ..states import provenance, states_of
-from ..stored import check_of_store, cut_of, read_origin, sound_of, video_of, with_store
+from ..stored import check_of_store, cut_of, note_of_other_video, read_origin, sound_of, video_of, with_store
 from ..team import in_team, team_of
 from .invert import invert_video
 
@@ -199,6 +198,11 @@ class _Clip:
     sound: Sound | SoundTrack | None
     video: FittedVideo | None = None
 
+    @property
+    def whole(self) -> VideoSource | None:
+        """The frames before the crop."""
+        return None if self.video is None else self.video.source
+
 
 @dataclass(frozen=True)
 class _OneEdit:
@@ -232,19 +236,19 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
     refuse_kept(configs, store is not None)
     source = _Source.of(session, configs[0], store, origin)
     for config in configs:
-        check_edit_mask(config, source.frames)
+        check_masks(config, source.frames)
         pictures_of(config, source.frames)
     if team is not None:
         configs = [in_team(config) for config in configs]
     outputs = numbered(run.output, len(configs))
     for path in outputs if configs[0].lossless else ():
         check_lossless(path)
-    for path in outputs if run.writes else ():
-        writes.clip(path, source.frames)
-        writes.file(record_path(path))
+    if run.writes:
+        writes.results(outputs, source.frames)
     files = files_read(configs, run.recorded_store)
     if run.made is not None:
         check_same(Provenance(files=files[0]), replace(run.made, model="", vae=""))
+    note_of_other_video(session, origin, files[0])
     folders = map_folders(run.maps, outputs)
     mapped = folders if run.writes else [None] * len(folders)
     auto = any(config.source == AUTO for config in configs)
@@ -260,14 +264,14 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
     for config in configs:
         check_guidance(checkpoint, config)
     prompts = [config.prompt_edit(checkpoint.tokenizer) for config in configs]
-    layouts = [
-        checked_layout(checkpoint, config, prompt, source.frames)
-        for config, prompt in zip(configs, prompts, strict=True)
-    ]
+    for config, prompt in zip(configs, prompts, strict=True):
+        check_parts(checkpoint, config, prompt, source.frames)
     checkpoint, clip = _clip_of(session, checkpoint, configs, source)
+    fit = fitted_like(clip.crop, clip.size, clip.whole)
+    layouts = [layout_of(config, checkpoint.tokenizer, config.target, source.frames, fit) for config in configs]
     if store is not None and origin is not None:
         check_of_store(checkpoint, store, origin, prompts)
-    masks = [edit_mask(checkpoint, config, clip.crop, clip.size, source.video) for config in configs]
+    masks = [edit_mask(checkpoint, config, clip.crop, clip.size, clip.whole) for config in configs]
     configs = [in_chunks(config, checkpoint, clip.shape[0], store, team.count if team else 1) for config in configs]
     session.say(plan(checkpoint, configs, clip.shape, None, edits=True, store=store, masks=masks))
     now = _checked_again(run, checkpoint, configs[0], clip)
@@ -296,15 +300,16 @@ def _clip_of(session: Session, checkpoint: Model, configs: list[EditConfig], sou
         assert source.video is not None
         found = in_region_of_prompts(session, checkpoint, configs, source.video)
         video = fit_frames(config, found, checkpoint.multiple, checkpoint.native_size)
-        checkpoint = controlled(session, checkpoint, config, config, len(video), video.size)
+        checkpoint = controlled(session, checkpoint, config, config, len(video), video.size, video.source)
         guide_frames = pictures_of(config, len(video))
         checkpoint = for_clip(checkpoint, shape_of(video, checkpoint), video.fps, video.frames, guide_frames)
         made = shape_of(video, checkpoint), video.cut, video.size, len(video), video.fps, video.times, video.sound()
         return checkpoint, _Clip(*made, video)
     height, width = (side * checkpoint.factor for side in store.levels.shape[-2:])
     cut, size, sound = cut_of(origin), (width, height), sound_of(origin, config.video)
-    of_store = FittedVideo.of(video_of(origin, config.video), cut.crop, size) if config.video else None
-    checkpoint = controlled(session, checkpoint, config, cut, origin.frames, size)
+    whole = video_of(origin, config.video) if config.video else None
+    of_store = None if whole is None else FittedVideo.of(whole, cut.crop, size)
+    checkpoint = controlled(session, checkpoint, config, cut, origin.frames, size, whole)
     shape = tuple(store.levels.shape[1:])
     return for_clip(checkpoint, shape, origin.fps), _Clip(
         shape, cut.crop, size, origin.frames, origin.fps, origin.times, sound, of_store

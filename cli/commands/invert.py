@@ -79,7 +79,7 @@ def _invert(session: Session, config: EditConfig, output: Path, dry_run: bool) -
     shape = shape_of(video, checkpoint)
     checkpoint = for_clip(checkpoint, shape, video.fps, video.frames)
     config = in_chunks(config, checkpoint, shape[0])
-    checkpoint = controlled(session, checkpoint, config, config, len(video), video.size)
+    checkpoint = controlled(session, checkpoint, config, config, len(video), video.size, video.source)
     session.say(plan(checkpoint, [config], shape, settings, edits=False))
     if dry_run:
         return

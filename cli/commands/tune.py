@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from shlex import quote
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -144,8 +145,9 @@ def _done(config: TuneConfig, more: TuneOutput, losses: list[float]) -> str:
     return (
         f"loss {fmean(losses[:25]):.4f} at first, {fmean(losses[-25:]):.4f} at the end (means of 25 steps)\n{clips}"
         f"temporal layers written to {more.path / FILE}; to edit with them:\n"
-        f"   fatezero edit {config.video} --temporal {more.output} --key-frames {','.join(map(str, config.key_frames))}"
-        f"{least}{' --clip-norm' if config.clip_norm else ''} --source {config.prompt!r} --target ..."
+        f"   fatezero edit {quote(config.video)} --temporal {quote(str(more.output))} "
+        f"--key-frames {','.join(map(str, config.key_frames))}"
+        f"{least}{' --clip-norm' if config.clip_norm else ''} --source {quote(config.prompt)} --target ..."
     )
 
 

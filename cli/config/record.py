@@ -161,9 +161,11 @@ def check_is_here(path: Path, config: EditConfig, model_config: str | None, give
             raise ConfigError(f"{path}: {name} is {shown(value)}, which is not on this machine: give it with {flag}")
 
 
-def files_read(configs: Sequence[EditConfig], store: str | Path | None) -> list[dict[str, str]]:
+def files_read(
+    configs: Sequence[EditConfig], store: str | Path | None, digest: Callable[[str], str] | None = None
+) -> list[dict[str, str]]:
     """The digests of the files that each edit reads, by purpose; without the model, whose weights are hashed."""
-    digest = cache(digest_of)  # edits of a run share most files
+    digest = digest or cache(digest_of)  # edits of a run share most files
     named = [files_of(config) | ({"store": str(store)} if store else {}) for config in configs]
     return [
         {what: digest(file) for what, file in of.items() if what not in ("model", "temporal", "controlnet")}

@@ -31,17 +31,22 @@ PER_SAMPLE = {"nodes_cfg.CFGZeroStar", "nodes_model_advanced.RescaleCFG", "nodes
 """Guidance that treats each sample of a batch separately: a frame of a UNet, a whole clip of a video transformer."""
 
 
+def around_predictions(options: dict[str, Any]) -> list[Any]:
+    """The wrappers of other nodes around the predictions of a MODEL, from its options."""
+    return list(comfy.patcher_extension.get_all_wrappers(WrappersMP.PREDICT_NOISE, options, is_model_options=True))
+
+
 def windowing(wrappers: dict[str, dict[Any, Any]]) -> list[Any]:
     """The names of a MODEL's wrappers that may call it on parts of a clip (AnimateDiff-Evolved's context options)."""
     around_calls = wrappers.get(WrappersMP.CALC_COND_BATCH, {})
     return [name for name, wrappers in around_calls.items() if wrappers and name not in FRAME_BY_FRAME]
 
 
-def check_parts(options: dict[str, Any], around_predictions: list[Any], guided: bool, clip_is_sample: bool) -> None:
+def check_parts(options: dict[str, Any], guided: bool, clip_is_sample: bool) -> None:
     """Raise ValueError, naming the node, for what needs all frames of a clip when calls have only some of them.
 
-    options: the MODEL's. around_predictions: the wrappers of its predictions. guided: whether its guidance functions
-    run. clip_is_sample: whether the frames of a clip are one sample of the host's.
+    options: the MODEL's. guided: whether its guidance functions run. clip_is_sample: whether the frames of a clip are
+    one sample of the host's.
     """
     of_calls = options["transformer_options"]
     names = [f"a node's wrapper {name}" for name in windowing(of_calls.get("wrappers", {}))]
@@ -53,7 +58,7 @@ def check_parts(options: dict[str, Any], around_predictions: list[Any], guided: 
             "window_frames to the clip's length, and remove TokenFlow and Context Windows (AnimateDiff-Evolved has its "
             "own context options)"
         )
-    found = mixing_guidance(around_predictions + (_guidance_of(options) if guided else []), clip_is_sample)
+    found = mixing_guidance(around_predictions(options) + (_guidance_of(options) if guided else []), clip_is_sample)
     if found:
         raise ValueError(
             f"model: guidance of {node_of(found[0])} may depend on all frames, but chunks, context windows and "

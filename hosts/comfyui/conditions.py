@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -57,11 +57,13 @@ LOST = (
 class HostCondition(Condition):
     """One CONDITIONING and its name in the run.
 
-    role: "source", "positive" or "negative", with ".1", ".2", ... for additional edits of a pass.
+    role: "source", "positive" or "negative", with ".1", ".2", ... for additional edits of a pass. plain: whether it is
+    `compared`.
     """
 
     role: str = "source"
     conditioning: Conditioning = field(default_factory=list)
+    plain: bool = False
 
     @property
     def text_tokens(self) -> int:
@@ -70,9 +72,18 @@ class HostCondition(Condition):
         return text_tokens_of(self.embeddings, self.conditioning[0][1])
 
     @property
-    def guided(self) -> bool:
-        """Whether the host's guidance applies to its predictions; a negative evaluated on its own is part of ours."""
+    def of_edit(self) -> bool:
+        """Whether the edit's MODEL and guides evaluate it; a negative evaluated on its own guides the source."""
         return self.role.partition(".")[0] == "positive"
+
+    @property
+    def guided(self) -> bool:
+        """Whether the host's guidance, and that of other nodes, applies to its predictions."""
+        return self.of_edit and not self.plain
+
+    @property
+    def compared(self) -> HostCondition:
+        return replace(self, plain=True)
 
     def fits_attention(self, takes: frozenset[str] = NOTHING) -> bool:
         """Whether its attention can be controlled, that of a negative as it is. takes: of `REFUSED`, by the model."""

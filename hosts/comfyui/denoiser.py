@@ -20,11 +20,20 @@ from ...attention.control import AttentionSite, Control
 from ...attention.key_frames import Chunk, ClipCalls, KeyFrames
 from ...attention.packed import PackedChunk, Packing
 from ...attention.temporal_kind import TRAINED_KEYS
+from ...diffusion.ddim import guide
 from ...diffusion.denoiser import Guidance, WeightedFrames, clip_frames, frames_meet
 from ...diffusion.schedule import Schedule
 from ...store.identity import ModelIdentity
 from ...store.records import PairedBranch
-from .chunks import WrappersMP, check_parts, conditions_of_chunk, mixing_guidance, whole_conditions, windows_of
+from .chunks import (
+    WrappersMP,
+    around_predictions,
+    check_parts,
+    conditions_of_chunk,
+    mixing_guidance,
+    whole_conditions,
+    windows_of,
+)
 from .conditions import HostCondition, check_read, with_pictures_of
 from .guides import Guides
 from .hook import Hook
@@ -48,19 +57,13 @@ class _Branch:
     low: _Branch | None = None
 
     @property
-    def around_predictions(self) -> list[Any]:
-        """The wrappers of other nodes around the predictions of its MODEL."""
-        kind = WrappersMP.PREDICT_NOISE
-        return list(comfy.patcher_extension.get_all_wrappers(kind, self.options, is_model_options=True))
-
-    @property
     def inputs(self) -> list[dict[str, Any]]:
         """The model's, from each prompt."""
         return [entry["model_conds"] for entries in self.conditions.values() for entry in entries]
 
     def check_parts(self, guided: bool) -> None:
         """Raise ValueError, naming it, for what needs all frames of a clip. guided: whether guidance functions run."""
-        check_parts(self.options, self.around_predictions, guided, self.hooked.family.spans_clip)
+        check_parts(self.options, guided, self.hooked.family.spans_clip)
         found = set().union(*map(self.hooked.need_clip, self.inputs))
         if self.hooked.family.attention and found:
             raise ValueError(
@@ -100,7 +103,7 @@ class ComfyDenoiser:
                 check_read(conditions, role.partition(".")[0], guider.edited.reads)
         self._source = self._edited
         if guider.sourced is not guider.edited:
-            self._source = _side_branch(guider.sides[id(guider.sourced)], guider.others)
+            self._source = _side_branch(guider.sides[id(guider.sourced)], self._edited.conditions)
         for branch in (self._edited, self._source):
             if branch.hooked.low is not None:
                 branch.low = _side_branch(guider.sides[id(branch.hooked.low)], branch.conditions)
@@ -223,7 +226,10 @@ class ComfyDenoiser:
         """Raises the host's InterruptProcessingException between UNet calls, and ValueError for a skipped call."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         assert isinstance(condition, HostCondition)
-        branch = self._source if condition.role == "source" else self._edited
+        if guidance is not None and not condition.guided:  # of the source
+            away = self.predict_noise(latents, timestep, guidance.negative, guidance.control)
+            return guide(away, self.predict_noise(latents, timestep, condition, control), guidance.scale)
+        branch = self._branch_of(condition)
         if branch.hooked.family.attention and (branch is self._source or paired is not None):
             self._check_windows(control.key_frames)
         sigma = self.noise.sigma(timestep).to(latents)
@@ -277,18 +283,20 @@ class ComfyDenoiser:
         that read its records.
         """
         edit, source = (branch.at(float(sigma)) for branch in (self._edited, self._source))
-        if not edit.hooked.pairs or mixing_guidance(source.around_predictions):  # may change its prediction
+        if not edit.hooked.pairs or mixing_guidance(around_predictions(source.options)):  # may change its prediction
             return False
-        entries = [entry for c in (paired.condition, *reading) for entry in self._branch_conditions(c)]
+        entries = [entry for c in (paired.condition, *reading) for entry in self._conditions(c)]
         parts = [comfy.samplers.get_area_and_mult(entry, x, sigma[None]) for entry in entries]
         if not all(part and part.hooks is None for part in parts) or not edit.hooked.joins(source.hooked):
             return False
         return edit.hooked.separate_calls or all(comfy.samplers.can_concat_cond(part, parts[0]) for part in parts)
 
-    def _branch_conditions(self, condition: Condition) -> Any:
+    def _branch_of(self, condition: HostCondition) -> _Branch:
+        return self._edited if condition.of_edit else self._source
+
+    def _conditions(self, condition: Condition) -> Any:
         assert isinstance(condition, HostCondition)
-        branch = self._source if condition.role == "source" else self._edited
-        return branch.conditions[condition.role]
+        return self._edited.conditions[condition.role]
 
     @contextmanager
     def _with_source(
@@ -302,7 +310,7 @@ class ComfyDenoiser:
         guides = self._guider.guides_of(paired.condition)
         x = self._input(paired.latents, sigma, guides)
         of_call = paired if guides is None else replace(paired, latents=self.noise.from_host(x))
-        given = [self._branch_conditions(paired.condition)]
+        given = [self._conditions(paired.condition)]
         with conditions_of_chunk(self._source.hooked, given, chunk) as (conditions,):
             yield of_call, conditions
         found = paired.control.captured
@@ -351,20 +359,15 @@ class ComfyDenoiser:
         positive, negative, scale = branch.conditions[condition.role], None, 1.0
         if branch.hooked.family.attention and not control.is_plain:
             positive = whole_conditions(positive)
-        if not condition.guided and condition.role != "source":  # a negative that guides the source
+        if condition.role.startswith("negative"):  # it guides the source
             edit = branch.conditions[condition.role.replace("negative", "positive")]
-            positive = with_pictures_of(positive, edit, self._source.conditions["source"])
+            positive = with_pictures_of(positive, edit, branch.conditions["source"])
         if guidance is not None:
             assert isinstance(guidance.negative, HostCondition)
             negative, scale = branch.conditions[guidance.negative.role], guidance.scale
         with conditions_of_chunk(branch.hooked, [positive, negative], control.chunk) as (positive, negative):
             if not condition.guided:
                 return self._predicted(branch, partial(self._plainly, branch, positive), x, sigma, 1.0)
-            if negative is None and branch.around_predictions:
-                raise ValueError(
-                    "guidance: at 1 no negative prompt is evaluated, but a node on the model changes guidance (CFG "
-                    "Override, LazyCache): remove it, or use another guidance"
-                )
             return self._predicted(branch, partial(self._guided, branch, positive, negative), x, sigma, scale)
 
     def _predicted(

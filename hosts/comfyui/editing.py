@@ -21,6 +21,7 @@ from ...diffusion.schedule import Schedule
 from ...diffusion.source import check_store, source_heats
 from ...diffusion.start import start_of
 from ...store.streams import KEEPS_SOUND, video_of, video_shape, with_kept_sound
+from .chunks import WrappersMP
 from .conditions import HostCondition
 from .denoiser import ComfyDenoiser
 from .guides import check_guides, with_guides
@@ -29,6 +30,9 @@ from .latents import mask_of_frames, mask_of_latents, packed, shapes_of, streams
 from .noise import FlowNoise, noise_of
 from .sameness import WINDOWS
 from .sampling import DDIMSampler, LoopGuider, check_quiet, run_in_host
+
+SAME = 1e-3
+"""The relative difference of sigmas of the same step."""
 
 
 class EditGuider(LoopGuider):
@@ -85,18 +89,32 @@ class EditGuider(LoopGuider):
         check_quiet(noise, "an edit starts from the inverted noise")
         self.schedule(sigmas)
         self._check_start(latent_image)
+        self._check_guidance()
         mask = more.pop("denoise_mask", None)
         if self.guides is not None:
             mask = self.guides.edit_mask(mask)
         check_masking(self.model_patcher, mask if self.guides is None else self.guides.mask)
-        masked = mask is not None and NOISE_MASK not in self.store.attachments
-        self._masked_edits = [self.inside(edit, mask) for edit in self.edits] if masked else self.edits
+        self._masked_edits = self.edits if mask is None else [self.inside(edit, mask) for edit in self.edits]
         self.done = []
         if not isinstance(sampler, DDIMSampler):
             noise, latent_image, sigmas = self._start_of_host(sampler, latent_image, sigmas)
         result = super().sample(noise, latent_image, sampler, sigmas, **more)
         self.notify(self.layers_run)
         return result
+
+    def _check_guidance(self) -> None:
+        """Raise ValueError for a step without guidance where another node changes guidance."""
+        steps, models = self.store.steps, filter(None, (self.edited, self.edited.low))
+        unguided = (
+            not edit.guides(step, steps)
+            for edit in self.edits
+            for step in range(first_step(edit.strength, steps), steps)
+        )
+        if any(model.patcher.get_all_wrappers(WrappersMP.PREDICT_NOISE) for model in models) and any(unguided):
+            raise ValueError(
+                "guidance: at 1, and after guidance_until, no negative prompt is evaluated, but a node on the model "
+                "changes guidance (CFG Override, LazyCache): remove it, or guide all steps"
+            )
 
     def _check_start(self, latent_image: Any) -> None:
         """Raise ValueError for a LATENT that the edit does not start from."""
@@ -112,9 +130,14 @@ class EditGuider(LoopGuider):
         return noise, latents, sigmas
 
     def inside(self, edit: Edit, mask: Any) -> Edit:
-        """An edit that changes the clip only inside the noise mask of its LATENT."""
-        mask = mask_in_store(self.model_patcher, self.store.extra, mask)
-        return only_inside(self.model_patcher, self.store, edit, mask)
+        """An edit that changes the clip only inside the noise mask of its LATENT, which replaces the store's, unless it
+        has a mask of its own.
+        """
+        model, of_store = self.model_patcher, self.store.attachments.get(NOISE_MASK)
+        limited = [one for one in (of_store, mask_in_store(model, self.store.extra, mask)) if one is not None]
+        *known, found = [only_inside(model, self.store, edit, one) for one in limited]
+        own = edit.mask is not None and not any(_same_mask(edit.mask, one.mask) for one in known)
+        return edit if own else found
 
     def loop(self, denoiser: ComfyDenoiser, latents: Tensor, progress: Progress) -> Tensor:
         self.done = edit_many(denoiser, Inversion(self.store), self._masked_edits, self.chunk_frames, progress=progress)
@@ -148,7 +171,7 @@ class EditGuider(LoopGuider):
             self._running = self._open.enter_context(edits)
         sigma = timestep[0].cpu()
         step = int((self._levels - sigma).abs().argmin())
-        if abs(self._levels[step] - sigma) > 1e-3 * self._levels[step]:
+        if abs(self._levels[step] - sigma) > SAME * self._levels[step]:
             raise ValueError(
                 f"sampler: evaluates sigma {sigma:.4g}, between those of the inversion: use one with one call per step "
                 "(euler, dpmpp_2m, ...), or DDIM Sampler (FateZero)"
@@ -208,7 +231,7 @@ class FlowEditGuider(EditGuider):
         assert drawn is not None
         own, start = schedule_of_store(self.model_patcher, self.store), start_of(self.store)
         given = start.schedule(noisy.schedule_of(sigmas))
-        if given.steps == own.steps and torch.allclose(given.alphas, own.alphas, rtol=1e-3, atol=1e-3):
+        if given.steps == own.steps and torch.allclose(noisy.sigmas(given), noisy.sigmas(own), rtol=SAME / 2, atol=0):
             return own
         self.store = replace(
             self.store, timesteps=given.timesteps, alphas=tuple(given.alphas.tolist()),
@@ -314,6 +337,10 @@ def only_inside(model: Any, store: HostStore, edit: Edit, mask: Tensor) -> Edit:
     own = noise_of(model).mask_from_host(mask)
     own = own if store.shapes else mask_of_latents(model, own, store.frames)
     return replace(edit, fusion=fusion, mask=GivenMask(own, "replace"))
+
+
+def _same_mask(one: GivenMask, other: GivenMask | None) -> bool:
+    return other is not None and torch.equal(one.mask, other.mask)
 
 
 def limits_video(store: HostStore, mask: Tensor) -> bool:

@@ -80,18 +80,20 @@ def out_of_model(model: Any, latents: Tensor, shapes: Shapes) -> Any:
 def mask_of_latents(model: Any, mask: Tensor, latents: int) -> Tensor:
     """A mask of a clip's frames as one of its latents, each of which may hold several frames: their maximum.
 
-    mask: (frames, height, width); one frame, or one for each latent, is returned as it is. Raises ValueError for
-    another number of frames than the latents hold.
+    mask: (frames, height, width); one frame, or one for each latent, is returned as it is. The last one is repeated for
+    latents that complete a block. Raises ValueError for another number of frames than the latents hold.
     """
     if len(mask) in (1, latents):
         return mask
     own = _latents_of(model, len(mask))
-    if own[-1] + 1 != latents:
+    missing = latents - 1 - own[-1]
+    if not 0 <= missing < _latents_of_block(model):
         raise ValueError(
             f"mask: has {len(mask)} frames, but the clip has {latents} latent frames: give one, or one for each frame "
             "of the clip"
         )
-    return mask_by_latent(mask, own)
+    found = mask_by_latent(mask, own)
+    return torch.cat([found, mask[-1:].expand(missing, -1, -1)])
 
 
 def mask_of_frames(model: Any, mask: Tensor) -> Tensor:
@@ -112,13 +114,20 @@ def windows_of_video(model: Any, frames: int, overlap: int) -> Windows | None:
     if block is None or not frames:
         return chosen.windows(ratio)
     latents, (blocks, rest) = _latents_of(model, frames)[-1] + 1, divmod(overlap, block)
-    return Windows(latents, blocks * (1 + (block - 1) // ratio) + rest // ratio if overlap else latents // 2)
+    shared = min(blocks * (1 + (block - 1) // ratio) - (-rest // ratio), latents - 1)
+    return Windows(latents, shared if overlap else latents // 2)
 
 
 def _frames_per_latent(model: Any) -> int:
     latent_format = model.model.latent_format
     older = next((RATIOS[kind.__name__] for kind in type(latent_format).__mro__ if kind.__name__ in RATIOS), 1)
     return int(getattr(latent_format, "temporal_downscale_ratio", older))
+
+
+def _latents_of_block(model: Any) -> int:
+    """The latents of a whole block; 1 in formats without blocks."""
+    block = BLOCKS.get(type(model.model.latent_format).__name__, 1)
+    return 1 + (block - 1) // _frames_per_latent(model)
 
 
 def _latents_of(model: Any, frames: int) -> list[int]:

@@ -103,8 +103,8 @@ class LoopGuider(comfy.samplers.CFGGuider):
         return len(set().union(*(model.ran for model in self._models())))
 
     def guides_of(self, condition: HostCondition) -> Guides | None:
-        """The guides and clean frames of a prompt's calls; a negative evaluated on its own guides the source's."""
-        return self.edit_guides if condition.guided else self.guides
+        """The guides and clean frames of a prompt's calls."""
+        return self.edit_guides if condition.of_edit else self.guides
 
     def fills_or_reads(self, memory: Memory) -> None:
         """Set the memory of the run's store."""

@@ -263,6 +263,7 @@ class Ltx2(FlowModel, WholeClip):
     def tokens(self) -> int:
         side, long = self._patches
         frames, _, height, width = self.facts.shape
+        frames = min(frames, self.family.trained_frames or frames)  # longer clips run in windows
         of_frame = (height // side) * (width // side)
         behind = 0 if self.control is None else of_frame // self.downscale**2
         return frames // long * (of_frame + behind) + of_frame * sum(number > 0 for number in self.facts.guide_frames)

@@ -66,8 +66,9 @@ def test_windows_share_their_overlap(frames, window, overlap):
 
 
 def test_windows_count_frames_of_the_video():
-    assert Windows.of_video(81, 30, 4) == Windows(21, 7)
+    assert Windows.of_video(81, 30, 4) == Windows(21, 8), "as the host's node for Wan rounds"
     assert Windows.of_video(33, None, 1) == Windows(33, 16)
+    assert [Windows.of_video(33, overlap, 8).overlap for overlap in (0, 1, 8, 9, 32)] == [0, 1, 1, 2, 4]
     assert Windows(9).advance == Windows(9, 2).advance == 7
     with pytest.raises(ValueError, match="windows of 4 frames cannot overlap by 4"):
         Windows(4, 4)

@@ -575,6 +575,6 @@ def test_an_object_of_a_clip_is_moved_and_the_rest_preserved(command, refused, t
     command("edit", "down.mp4", *move, "--box", "square: 0:0.5,0.5,0.5", "-o", "box.mp4", "--dry-run")
     assert "'circle' is not in the prompt" in refused("edit", CLIP, *move, "--shift", "circle: 0:0,0")
     assert "object_mask: 'circle' has no position" in refused(
-        "edit", CLIP, *move, "--shift", "square: 0:0.1,0", "--object-mask", f"circle: {CLIP}"
+        "edit", CLIP, *move, "--shift", "square: 0:0.1,0", "--object-mask", "circle: one.png"
     )
     assert "layout has no effect here" in refused("edit", CLIP, *WORDS, "--layout.scale", 5)

@@ -8,12 +8,14 @@ import pytest
 import torch
 from commands import frames_written
 from PIL import Image
+from transformers import CLIPTokenizer
 
 from fatezero.cli.config.paths import files_of, renamed
 from fatezero.cli.config.settings import EditConfig
 from fatezero.cli.config.values import checked, completed
-from fatezero.cli.masks import _by_latent, edit_mask, grey
-from fatezero.files.bundled import CLIP
+from fatezero.cli.masks import _by_latent, edit_mask, fitted_like, grey
+from fatezero.cli.objects import layout_of
+from fatezero.files.bundled import CLIP, DEMO
 from fatezero.video.read import open_video
 
 SOURCE, TARGET = "a red square on water", "a green square on water"
@@ -82,6 +84,7 @@ def test_a_link_to_one_picture_equals_one_mask_for_each_frame(command, tmp_path)
         (("--edit-mask", "none.png"), "edit_mask: no video at none.png"),
         (("--edit-mask", "two"), "edit_mask: two has 2 frames; give one, or 3"),
         (("--edit-mask", "text.png"), "edit_mask: "),
+        (("--mask", "square: two"), "mask square: two has 2 frames; give one, or 3"),
         (("--edit-mask", "one.png", "--preset", "attribute"), "edit_mask has no effect here"),
         (("--edit-mask", "one.png", "--injection", "none", "--mask-mode", "union"), "mask_mode is union"),
         (("--edit-mask", "one.png", "--mask-mode", "both"), "mask_mode is 'both'"),
@@ -132,6 +135,24 @@ def test_a_mask_is_cropped_and_scaled_as_the_clip(tmp_path):
     mask = edit_mask(_Latents, config, (32, 0, 0, 0), (16, 16))
     assert mask.mask.shape == (1, 16, 16) and mask.mask.min() > 0.99
     assert grey(open_video(tmp_path / "m.png")).mean() == 0.5
+
+
+def test_a_mask_of_another_size_is_cropped_as_the_clip(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "clip.png")
+    picture(tmp_path / "large.png", [(32, 0, 64, 64)])
+    Image.open(tmp_path / "large.png").resize((32, 32)).save(tmp_path / "m.png")
+    config, clip = EditConfig(edit_mask=str(tmp_path / "m.png")), open_video(tmp_path / "clip.png")
+    mask = edit_mask(_Latents, config, (16, 0, 0, 0), (48, 64), clip).mask
+    assert mask[..., :14].max() < 0.1 and mask[..., 18:].min() > 0.9
+
+
+def test_masks_of_objects_are_cropped_as_the_clip(tmp_path):
+    file = picture(tmp_path / "m.png", [(32, 0, 64, 64)])
+    text = "a red square"
+    config = EditConfig(source=text, target=text, shift=("square: 0:0.1,0",), object_mask=(f"square: {file}",))
+    fit = fitted_like((32, 0, 0, 0), (16, 32), open_video(file))
+    (found,) = layout_of(config, CLIPTokenizer.from_pretrained(DEMO / "tokenizer"), text, 1, fit).objects
+    assert found.source.shape == (1, 32, 16) and found.source.min() > 0.99
 
 
 def test_one_picture_is_the_mask_of_an_object_in_all_frames(command, tmp_path):

@@ -185,24 +185,28 @@ class Pixels:
     def __init__(self, kind):
         self.channels, self.size, self.frames, self.latents = self.FACTS[kind]
         self.downscale_index_formula = self.frames, self.size, self.size
+        self.downscale_ratio = self.encoded, self.size, self.size
+        self.upscale_ratio = self.decoded, self.size, self.size
+
+    def encoded(self, frames):
+        """The latents of frames; like the host's VAEs, it drops those that complete none."""
+        if self.latents == 1:
+            return (frames - 1) // self.frames + 1
+        return 1 if frames == 1 else (frames - 5) // 17 * 5 + 2
+
+    def decoded(self, latents):
+        return (latents - 1) * self.frames + 1 if self.latents == 1 else max(1, (latents - 2) // 5 * 17 + 5)
 
     def spacial_compression_encode(self):
         return self.size
 
-    def temporal_compression_decode(self):
-        return round(self.frames / self.latents)
-
     def encode(self, pixels):
-        count = -(-(len(pixels) - 5) // 17) * 5 + 2 if self.latents == 5 else (len(pixels) - 1) // self.frames + 1
-        count = 1 if len(pixels) == 1 else count
-        size = (count, pixels.shape[1] // self.size, pixels.shape[2] // self.size)
+        size = (self.encoded(len(pixels)), pixels.shape[1] // self.size, pixels.shape[2] // self.size)
         small = torch.nn.functional.adaptive_avg_pool3d(pixels[None].movedim(-1, 1), size)
         return small.repeat(1, -(-self.channels // 3), 1, 1, 1)[:, : self.channels] - 0.5
 
     def decode(self, latents):
-        count = latents.shape[2]
-        frames = (count - 2) // 5 * 17 + 5 if self.latents == 5 else (count - 1) * self.frames + 1
-        size = (frames, *(self.size * side for side in latents.shape[3:]))
+        size = (self.decoded(latents.shape[2]), *(self.size * side for side in latents.shape[3:]))
         return torch.nn.functional.interpolate(latents[:, :3], size).movedim(1, -1).sigmoid()
 
 
@@ -239,13 +243,15 @@ class FlowLoader(io.ComfyNode):
         return io.NodeOutput(FlowModel.execute(kind)[0], Words(kind), Pixels(kind), sound)
 
 
-@node("FlowLatent", [KIND, io.Int.Input("seed")], [io.Latent.Output()])
+@node("FlowLatent", [KIND, io.Int.Input("seed"), io.Int.Input("frames", default=0)], [io.Latent.Output()])
 class FlowLatent(io.ComfyNode):
-    """Random latents for a kind of model: a clip, pictures, or a clip with sound."""
+    """Random latents for a kind of model: a clip, pictures, or a clip with sound. frames: of the clip, 0 for a few."""
 
     @classmethod
-    def execute(cls, kind, seed):
-        parts = [random_values(seed + i, *shape) for i, shape in enumerate(SHAPES.get(kind, (CLIP,)))]
+    def execute(cls, kind, seed, frames=0):
+        (*start, few, height, width), *sound = SHAPES.get(kind, (CLIP,))
+        shapes = [(*start, frames or few, height, width), *sound]
+        parts = [random_values(seed + i, *shape) for i, shape in enumerate(shapes)]
         return io.NodeOutput({"samples": parts[0] if len(parts) == 1 else NestedTensor(parts)})
 
 

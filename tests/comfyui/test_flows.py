@@ -85,6 +85,21 @@ def test_equal_prompts_return_the_clip(host, graph):
         assert relative(ours, before) < 1e-5, relative(ours, before)
 
 
+@pytest.mark.parametrize("kind", ["qwen", "wan"])
+def test_the_sources_guidance_is_of_its_own_model(host, kind):
+    """With one text for all prompts it changes nothing, also where the edit's MODEL has other weights."""
+    graph = FlowGraph(kind=kind)
+    other = graph.add("FlowModel", kind=kind, seed=1)
+    merged = graph.add("ModelMergeSimple", model1=graph.model[0], model2=other[0], ratio=0.5)
+    graph.set(graph.edit, model=merged[0], positive=graph.source[0], negative=graph.source[0])
+    before, found = host.latents(graph.prompt, graph.latent[0]), []
+    for scale in (1.0, 4.0):
+        graph.set(graph.store, source_guidance=scale)
+        found.append(host.latents(graph.prompt, graph.edit[0]))
+    assert relative(found[0], before) > 1e-2
+    assert relative(found[1], found[0]) < 1e-5
+
+
 def test_an_empty_mask_returns_the_clip_bit_for_bit(host, graph):
     mask = graph.add("SolidMask", value=0.0, width=32, height=32)
     graph.set(graph.edit, mask=mask[0])
@@ -267,10 +282,15 @@ def test_the_hosts_samplers_integrate_the_edit(host, kind, masked, n_min):
             assert relative(mine - clip, theirs - clip) < near
 
 
-def test_any_sigmas_can_be_used(host):
+@pytest.mark.parametrize(("scheduler", "steps", "shift"), [("beta", 6, None), ("sgm_uniform", 20, 1.0)])
+def test_any_sigmas_can_be_used(host, scheduler, steps, shift):
     """Sigmas of another scheduler and number of steps, compared with the same loop."""
     graph = FlowGraph(kind="qwen")
-    sigmas = graph.add("BasicScheduler", model=graph.model[0], scheduler="beta", steps=6, denoise=1.0)[0]
+    if shift is not None:
+        graph.model = graph.add("ModelSamplingSD3", model=graph.model[0], shift=shift)
+        graph.set(graph.store, model=graph.model[0], steps=steps)
+        graph.set(graph.edit, model=graph.model[0])
+    sigmas = graph.add("BasicScheduler", model=graph.model[0], scheduler=scheduler, steps=steps, denoise=1.0)[0]
     loop = graph.add(
         "FlowLoop", model=graph.model[0], source=graph.source[0], positive=graph.target[0], negative=graph.negative[0],
         latent=graph.latent[0], sigmas=sigmas, guidance=GUIDANCE, source_guidance=2.0, first=0, seed=SEED,
@@ -300,3 +320,30 @@ def test_a_sampler_that_adds_noise_is_refused(host):
     sampler = graph.add("KSamplerSelect", sampler_name="euler_ancestral")
     with pytest.raises(NodeError, match="euler_ancestral.* adds noise"):
         host.latents(graph.prompt, by_guider(graph, sampler))
+
+
+# --- clips of other lengths -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "frames", "latents"), [("h3", 1, 1), ("h3", 16, 7), ("h3", 24, 12), ("h3", 39, 12), ("ltxav", 10, 3)]
+)
+def test_no_frame_is_dropped_when_a_clip_is_encoded(host, kind, frames, latents):
+    graph = FlowGraph(kind=kind)
+    images = graph.add("EmptyImage", width=64, height=64, batch_size=frames, color=0)
+    vae = graph.add("JointLoader", kind=kind)
+    encoded = graph.add("FateZeroEncodeVideo", images=images[0], vae=vae[2], chunk_size=8)
+    assert host.latents(graph.prompt, encoded[0]).shape[2] == latents
+
+
+def test_a_mask_of_the_frames_before_they_were_completed(host):
+    """24 frames of H3 are completed to 39, two blocks of 17 and 5; the second one begins with frame 17."""
+    graph = FlowGraph(kind="h3")
+    graph.set(graph.latent, frames=12)
+    ones = graph.add("EmptyImage", width=32, height=32, batch_size=17, color=0xFFFFFF)
+    zeros = graph.add("EmptyImage", width=32, height=32, batch_size=7, color=0)
+    both = graph.add("ImageBatch", image1=ones[0], image2=zeros[0])
+    graph.set(graph.edit, mask=graph.add("ImageToMask", image=both[0], channel="red")[0])
+    (edited, _), (before, _) = (streams(host, graph, link) for link in (graph.edit[0], graph.latent[0]))
+    changed = (edited != before).flatten(3).any(3).any(1)[0]
+    assert changed.tolist() == [True] * 5 + [False] * 7

@@ -247,6 +247,20 @@ def test_shares_by_word_and_attention_of_the_reconstruction(host):
         host.latents(graph.prompt, graph.edit[0])
 
 
+def test_attention_of_the_reconstruction_is_of_guided_sampling(host, checkpoint, lora):  # noqa: F811
+    config = EditConfig(source=SOURCE, target="a red circle on water", steps=5, count=FRAMES, key_frames=("self",))
+    config = replace(config, cross_replace_steps=0.7, self_replace_steps=0.8, attention_from="reconstruction")
+    graph = DemoGraph(steps=5, frames=FRAMES)
+    graph.set(graph.invert, key_frames="self")
+    graph.set(graph.words, target="a red circle on water")
+    graph.fuse(attention_from="reconstruction")
+    theirs, ours = parity(host, checkpoint, graph, config)
+    assert torch.linalg.norm(theirs - ours) < 1e-4 * torch.linalg.norm(ours)
+    other = graph.add("LoraLoaderModelOnly", model=graph.demo[0], lora_name=lora, strength_model=1.0)
+    graph.set(graph.edit, model=other[0])
+    assert relative(edited(host, graph), theirs) > 1e-2, "runs with another MODEL than the inversion's"
+
+
 def test_latents_blended_as_the_authors_do(host, checkpoint):  # noqa: F811
     """A separate switch from blend_latents, for older workflows."""
     config = EditConfig(source=SOURCE, target="a red circle on water", steps=5, count=FRAMES, key_frames=("self",))

@@ -334,8 +334,20 @@ def test_an_unsupported_node_on_the_model_is_refused(host, kind, settings, messa
 def test_a_node_that_changes_guidance_needs_guidance(host):
     graph = DemoGraph()
     graph.set(graph.edit, model=add(host, graph, "CFGOverride", model=graph.demo[0], cfg=2.0)[0], guidance=1.0)
-    with pytest.raises(NodeError, match="guidance: at 1 no negative prompt is evaluated"):
+    with pytest.raises(NodeError, match=r"guidance: at 1, and after guidance_until, no negative prompt is evaluated"):
         edited(host, graph)
+    graph.set(graph.edit, guidance=7.5, guidance_until=0.5)
+    with pytest.raises(NodeError, match=r"guidance: at 1, and after guidance_until"):
+        edited(host, graph)
+
+
+def test_masks_of_both_prompts_have_no_guidance_of_other_nodes(host):
+    """CFG Override at the edit's own guidance changes nothing."""
+    graph = DemoGraph()
+    graph.set(graph.edit, preset="attribute+", guidance=3.0)
+    expected = edited(host, graph)
+    graph.set(graph.edit, model=add(host, graph, "CFGOverride", model=graph.demo[0], cfg=3.0)[0])
+    assert relative(edited(host, graph), expected) < 1e-5
 
 
 def test_a_noise_mask_that_changes_by_step_is_refused(host):

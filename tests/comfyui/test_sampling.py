@@ -90,11 +90,19 @@ def test_the_mask_of_a_latent_is_applied(host):
     graph.set(graph.invert, latent=masked)
     begin, store = invert_with(graph)
     assert relative(host.latents(graph.prompt, edit_with(graph, begin, store)[0]), clip) < 1e-5
+    everything = graph.add("SolidMask", value=1.0, width=64, height=64)[0]
+    at_the_edit = graph.add("SetLatentNoiseMask", samples=begin, mask=everything)
+    assert relative(host.latents(graph.prompt, edit_with(graph, at_the_edit[0], store)[0]), clip) > 0.05, "the newer"
     free = DemoGraph()
     begin, store = invert_with(free)
-    at_the_edit = free.add("SetLatentNoiseMask", samples=begin, mask=free.add(
-        "SolidMask", value=0.0, width=64, height=64)[0])  # fmt: skip
+    none, whole = (free.add("SolidMask", value=value, width=64, height=64)[0] for value in (0.0, 1.0))
+    at_the_edit = free.add("SetLatentNoiseMask", samples=begin, mask=none)
     assert relative(host.latents(free.prompt, edit_with(free, at_the_edit[0], store)[0]), clip) < 1e-5
+    at_the_edit = free.add("SetLatentNoiseMask", samples=begin, mask=whole)
+    free.set(free.edit, mask=none, preset="shape")
+    expected = edited(host, free)
+    found = host.latents(free.prompt, edit_with(free, at_the_edit[0], store)[0])
+    assert relative(found, expected) < 1e-5, "the socket's mask, as in Edit Video"
 
 
 def test_progress_and_previews_are_the_hosts(host):

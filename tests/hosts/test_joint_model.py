@@ -16,6 +16,7 @@ from fatezero.diffusion.source import source_heats
 from fatezero.hosts.diffusers.h3 import JointDenoiser
 from fatezero.hosts.diffusers.memory import LiveBytes
 from fatezero.methods.fatezero_branch import Fuser, StepPlan
+from fatezero.methods.flow_mask import FlowMaskSettings
 from fatezero.methods.kv_edit import KVEditSettings
 from fatezero.models.h3 import places
 from fatezero.store.records import PairedBranch, Recorder, SourceStep
@@ -347,3 +348,18 @@ def test_memory_at_full_size(masked):
 
     plain = peak(False)
     assert 1 < (peak(True) + weights) / (plain + weights) < 1.05
+
+
+@pytest.mark.parametrize("frames", [1, 7])
+def test_a_mask_of_the_video_joins_a_flow_mask(denoiser, latents, frames):
+    """The left half limits the computed mask, which covers everything, and not the sound."""
+    drawn = draw(denoiser, latents, random_text(2), 2, FlowEditSettings(source_guidance=1.0))
+    left = torch.zeros(frames, 8, 6)
+    left[..., :3] = 1
+    mask = GivenMask(left, "intersection")
+    fusion = FlowMaskSettings(threshold=0.001, grow=0, still=0)
+    found = edit(denoiser, drawn, random_text(3), guidance_scale=1.0, fusion=fusion, mask=mask)
+    changed = (found != latents).flatten()
+    video = changed[:VIDEO].view(24, 7, 8, 6)
+    assert video[..., :3].float().mean() > 0.9 and not video[..., 3:].any()
+    assert changed[VIDEO:].any()

@@ -213,6 +213,15 @@ def test_longer_clips_than_those_of_training_run_in_windows(model, text):
     assert of(35).windows == Windows(33, 16)
 
 
+def test_the_schedule_is_that_of_a_window(model):
+    """Shifted by the tokens of a call, however long the clip is."""
+
+    def of(frames):
+        return model.for_clip(ClipFacts((frames, 8, 24, 24), 8.0)).denoiser.schedule(4)
+
+    assert of(9).alphas.tolist() != of(33).alphas.tolist() == of(97).alphas.tolist()
+
+
 def test_memory_at_full_size():
     """Of a guided step at 121 frames of 1280x704 in bfloat16, from shapes, with the weights of all 48 blocks."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))

@@ -14,6 +14,7 @@ from clips import bars, counted, heard_at, number
 from fatezero.video.read import VideoError, open_video, read_video
 from fatezero.video.size import resize_to_fill
 from fatezero.video.which import colour_of
+from fatezero.video.write import write_video
 
 ONE = 65536
 
@@ -186,6 +187,18 @@ def test_transparent_videos_are_shown_over_the_background(tmp_path, name, codec,
             around = torch.cat([frame[:12].flatten(0, 1), frame[52:].flatten(0, 1)])
             assert (around - torch.tensor(background)).abs().max() <= 3
             assert (frame[24:40, 24:40] - torch.tensor([220, 30, 30])).abs().max() <= 12
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+@pytest.mark.parametrize("pixels", ["rgba", "gbrap", "ya8", "yuva420p", "yuva422p", "yuva444p"])
+@pytest.mark.parametrize("suffix", [".webm", ".mkv", ".mov"])
+def test_transparent_frames_of_any_format_are_written(tmp_path, suffix, pixels, lossless):
+    frames = [av.VideoFrame.from_ndarray(seen_through(i), format="rgba").reformat(format=pixels) for i in range(2)]
+    write_video(tmp_path / f"a{suffix}", frames, Fraction(8), crf=None if lossless else 18)
+    found = open_video(tmp_path / f"a{suffix}", background=(20, 160, 250)).read().frames.int()
+    assert len(found) == 2 and (found[:, :12] - torch.tensor([20, 160, 250])).abs().max() <= 3
+    inside = found[:, 24:40, 24:40].float().mean((0, 1, 2))
+    assert (inside - torch.tensor([92.0] * 3 if pixels == "ya8" else [220.0, 30.0, 30.0])).abs().max() <= 12
 
 
 @pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "webp", "tif"])
