@@ -54,8 +54,8 @@ def _check_parts(config: EditConfig, family: Family) -> None:
         )
     if family.spans_clip:
         _check_no_layout(config)
-        if config.source != AUTO:
-            recipe.check(True, config.prompt_edit(None))
+    if config.source != AUTO and not config.places_objects:
+        recipe.check(family.spans_clip, config.prompt_edit(None))
 
 
 def _controlled() -> str:

@@ -105,7 +105,7 @@ def original_of(clip: FittedVideo | None, config: EditConfig, mask: GivenMask | 
 
 def _form_of(source: VideoSource, cut: Box, path: str, lossless: bool) -> tuple[Form | None, str]:
     """How a source's stored frames with an edit are written to a path, and what is lost."""
-    from ..video.colour import has_alpha
+    from ..video.colour import has_alpha, shows_through
     from ..video.planes import box_of, depth_of, planar, retagged
 
     first, is_video = next(source.stored()), not is_sequence(path) and path.lower().endswith(METADATA_SUFFIXES)
@@ -113,6 +113,8 @@ def _form_of(source: VideoSource, cut: Box, path: str, lossless: bool) -> tuple[
     if stored is None:
         return None, f"{source.path.name} has {first.format.name} frames: {rgb}"
     if has_alpha(stored) and not is_transparent(path):
+        if not shows_through(stored):
+            return None, ""
         return None, f"{path} cannot be transparent and shows the background: write .webm, .mov, .mkv or .png pictures"
     deep_rgb = stored.format.is_rgb and depth_of(stored) > 8
     if not (has_alpha(stored) or deep_rgb or (is_video and source.index is not None)):

@@ -45,6 +45,11 @@ def has_alpha(frame: av.VideoFrame) -> bool:
     return any(component.is_alpha for component in frame.format.components)
 
 
+def shows_through(frame: av.VideoFrame) -> bool:
+    """Whether a frame is transparent somewhere; GIFs are always decoded with alpha."""
+    return has_alpha(frame) and bool((to_rgba(frame, frame.width)[..., 3] < 255).any())
+
+
 def over(pixels: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
     """Straight-alpha uint8 RGBA (height, width, 4), composited over a colour: RGB."""
     alpha = pixels[..., 3:].astype(np.uint16)

@@ -329,7 +329,7 @@ class _FirstFrame:
 
 def _probe(path: Path) -> _FirstFrame:
     """Decode the first frame for the size, the notes and the decoder."""
-    from .colour import has_alpha, hdr_kind
+    from .colour import hdr_kind, shows_through
 
     with opened(path) as container:
         stream = video_of(container)
@@ -351,7 +351,7 @@ def _probe(path: Path) -> _FirstFrame:
         if kind := hdr_kind(frame):
             notes.append(f"{path.name} is HDR ({kind}): the model gets it tone-mapped to SDR")
         size = size[::-1] if Orientation.of(frame).on_its_side else size
-        if has_alpha(frame):
+        if shows_through(frame):
             notes.append(f"{path.name} has transparency: the model gets it over the background")
         stored, key = (frame.width, frame.height), bool(frame.key_frame)
         return _FirstFrame(size, stored, tuple(notes), frame.pts, key, decoder, aspect)

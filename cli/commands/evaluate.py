@@ -129,6 +129,8 @@ def run_evaluate(session: Session, original: Path, edited: Path, config: Evaluat
             if path:
                 outputs.file(path)
         clips_found = _Clips.of(original, edited, config)
+        if clips_found.rates_differ:
+            session.note("the two have other frame rates, and frames are compared in order: check --start and --stride")
         if config.slice_row is not None:
             with of_setting("slice"):
                 check_row(config.slice_row, clips_found.edited.size[1])
@@ -149,6 +151,12 @@ class _Clips:
     edited: VideoSource
     truth: VideoSource | None
     mask: VideoSource | None
+
+    @property
+    def rates_differ(self) -> bool:
+        """Whether the frames of two videos are unlike far apart, as after an edit with another rate."""
+        videos = self.original.index is not None and self.edited.index is not None and len(self.edited) > 1
+        return videos and abs(self.original.fps / self.edited.fps - 1) > 0.05
 
     @classmethod
     def of(cls, original: Path, edited: Path, config: EvaluateConfig) -> _Clips:

@@ -13,6 +13,7 @@ from threading import Thread
 import pytest
 import yaml
 from commands import COMMAND, frames_written, summary_rows, two_clips
+from PIL import Image
 
 from fatezero.cli.batch.jobs import Job, load_batch
 from fatezero.cli.batch.processes import Devices, RetryPolicy, run_here
@@ -187,6 +188,16 @@ def test_a_batch_resumes(command, folder):
     assert {row["status"] for row in summary_rows(folder / "jobs")} == {"done"}
     assert times == {name: (folder / "jobs" / name).stat().st_mtime_ns for name in names}
     assert "6 jobs\n" in command("batch", "jobs.yaml", "--dry-run", "--redo")
+
+
+def test_a_job_with_another_mask_than_before_is_not_done(command, folder):
+    job = {"video": "clips/a.mp4", "source": SOURCE, "target": f"a {COLOURS[0]} square on water"}
+    write(folder, {"jobs": [{**job, "steps": 1, "count": 2, "preset": "shape", "edit_mask": "mask.png"}]})
+    Image.new("L", (64, 64), 255).save(folder / "mask.png")
+    command("batch", "jobs.yaml", "--no-measure")
+    assert "1 of them done" in command("batch", "jobs.yaml", "--dry-run")
+    Image.new("L", (64, 64), 128).save(folder / "mask.png")
+    assert "done" not in command("batch", "jobs.yaml", "--dry-run")
 
 
 @pytest.mark.slow

@@ -84,6 +84,23 @@ def test_a_config_of_several_prompts_shares_one_inversion(command, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("*.mp4")) == ["out_0.mp4", "out_1.mp4"]
 
 
+def test_a_video_that_is_not_the_stores_is_noted(command, store, tmp_path):
+    (tmp_path / "other.mp4").write_bytes(Path(CLIP).read_bytes() + bytes(8))
+    run = ("--store", store, "--target", TARGET, "--preset", "style", "-o", "a.mp4", "--dry-run")
+    assert "is not the file" not in command("edit", CLIP, *run)
+    assert f"is not the file {Path(CLIP).name} that was inverted" in " ".join(
+        command("edit", "other.mp4", *run).split()
+    )
+
+
+def test_pictures_of_an_earlier_edit_do_not_become_part_of_a_shorter_one(refused, tmp_path):
+    (tmp_path / "seq").mkdir()
+    for i in range(4):
+        (tmp_path / "seq" / f"{i:05d}.png").touch()
+    error = refused("edit", CLIP, *WORDS, "--count", 2, "-o", "seq/", "--overwrite", "--model", "missing/model")
+    assert "00002.png is there already and would follow the 2 pictures" in error
+
+
 def test_several_targets_are_edited_in_one_pass_over_a_store_on_disk(command, tmp_path):
     budget = (
         "--memory",
@@ -574,6 +591,7 @@ def test_an_object_of_a_clip_is_moved_and_the_rest_preserved(command, refused, t
     assert (red[1] - red[0] > 0.15).all()
     command("edit", "down.mp4", *move, "--box", "square: 0:0.5,0.5,0.5", "-o", "box.mp4", "--dry-run")
     assert "'circle' is not in the prompt" in refused("edit", CLIP, *move, "--shift", "circle: 0:0,0")
+    Image.new("L", (64, 64)).save(tmp_path / "one.png")
     assert "object_mask: 'circle' has no position" in refused(
         "edit", CLIP, *move, "--shift", "square: 0:0.1,0", "--object-mask", "circle: one.png"
     )

@@ -86,6 +86,13 @@ def test_the_source_is_cut_and_scaled_as_the_edit_was(run, folder):
     assert json.loads((folder / "cut.json").read_text())["PSNR to source"]["value"] > 35
 
 
+def test_other_frame_rates_are_noted(run, folder):
+    clip = read_video(CLIP)
+    write_video(folder / "half.mp4", clip.frames[::2], clip.fps / 2)
+    assert "other frame rates" in run(CLIP, "half.mp4", "--flow", "none")
+    assert "other frame rates" not in run(CLIP, "half.mp4", "--flow", "none", "--stride", 2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

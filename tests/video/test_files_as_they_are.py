@@ -189,6 +189,14 @@ def test_transparent_videos_are_shown_over_the_background(tmp_path, name, codec,
             assert (frame[24:40, 24:40] - torch.tensor([220, 30, 30])).abs().max() <= 12
 
 
+@pytest.mark.parametrize("opaque", [True, False])
+def test_only_a_gif_with_transparent_pixels_is_called_transparent(tmp_path, opaque):
+    frames = [Image.fromarray(seen_through(i), "RGBA") for i in range(2)]
+    frames = [frame.convert("RGB") if opaque else frame for frame in frames]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
+    assert any("transparency" in note for note in open_video(tmp_path / "a.gif").notes) != opaque
+
+
 @pytest.mark.parametrize("lossless", [False, True])
 @pytest.mark.parametrize("pixels", ["rgba", "gbrap", "ya8", "yuva420p", "yuva422p", "yuva444p"])
 @pytest.mark.parametrize("suffix", [".webm", ".mkv", ".mov"])
