@@ -36,15 +36,15 @@ class Outputs(ExitStack):
         """An output of frames. Raises ValueError for an unsuitable name, and OSError for an unwritable place."""
         _check_output(path)
         first, *more = output_files(path, frames)
+        self.file(first)
+        for one in more:
+            self._refuse_input(one)
+            check_free(one, self._overwrite)
         if is_sequence(path) and (beyond := output_files(path, frames + 1)[-1]).exists():
             raise FileExistsError(
                 f"{beyond} is there already and would follow the {frames} pictures of this run as part of their clip: "
                 "remove it and those after it, or write to another folder"
             )
-        self.file(first)
-        for one in more:
-            self._refuse_input(one)
-            check_free(one, self._overwrite)
 
     def results(self, paths: Iterable[str], frames: int) -> None:
         """Edited clips and their records."""
