@@ -17,12 +17,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ...files.bundled import DEMO
+from ...hosts.diffusers import VideoTransformer
 from .. import model as demo
 from .. import video_model
 from ..train import Painter, batch_of, noise_weight, save_checkpoint, standardise, vae_loss
@@ -109,8 +110,9 @@ class Run:
 
 
 def load_vae(folder: Path = DEMO / "vae") -> AutoencoderKL:
-    """The demo's autoencoder, or another."""
-    found: AutoencoderKL = AutoencoderKL.from_pretrained(folder)
+    """The demo's autoencoder, or another; its configuration does not keep the folder's name."""
+    found: AutoencoderKL = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
+    found.load_state_dict(AutoencoderKL.from_pretrained(folder).state_dict())
     found.register_to_config(sample_size=SIZE)
     return found.float()
 
@@ -188,11 +190,23 @@ class Captions:
         ]
 
 
-def begin_from(folder: Path | None, live: nn.Module) -> None:
-    """Replace a painter's networks by those of a finished model, of its sizes, if one is given."""
-    for name, network in list(live.named_children()) if folder else []:
-        finished = type(network).from_pretrained(folder / {"text": "text_encoder"}.get(name, name))  # type: ignore
-        setattr(live, name, finished.float())
+def sized(settings: Settings, run: Run) -> Settings:
+    """The settings with the sizes of the finished models that a run starts from, if any."""
+    if run.start and "unet" in run.parts:
+        unet = UNet2DConditionModel.load_config(run.start / "unet" / "unet")
+        settings = replace(settings, width=unet["block_out_channels"][0])
+    if run.start and "wan" in run.parts:
+        wan = VideoTransformer.load_config(run.start / "wan" / "transformer")
+        settings = replace(settings, heads=wan["num_attention_heads"], ffn=wan["ffn_dim"])
+    return settings
+
+
+def start_from(folder: Path | None, **networks: nn.Module) -> None:
+    """Load the weights of a finished model, if one is given, into networks, which are named like its folders."""
+    if folder is None:
+        return
+    for name, network in networks.items():
+        network.load_state_dict(type(network).from_pretrained(folder / name).state_dict())  # type: ignore[attr-defined]
 
 
 def train_unet(run: Run, pictures: Latents, settings: Settings, device: torch.device, report: Report) -> Painter:
@@ -200,7 +214,7 @@ def train_unet(run: Run, pictures: Latents, settings: Settings, device: torch.de
     torch.manual_seed(settings.seed)
     tokenizer = demo.build_tokenizer(run.state / "tokenizer", VOCABULARY)
     live = Painter(tokenizer, build_unet(settings.width))
-    begin_from(run.start and run.start / "unet", live)
+    start_from(run.start and run.start / "unet", unet=live.unet, text_encoder=live.text)
     live.to(device).train()
     if device.type == "cpu":
         live.unet.set_attn_processor(AttnProcessor())  # fused kernels take half as long again with heads this narrow
@@ -238,7 +252,7 @@ def train_transformer(
     torch.manual_seed(settings.seed)
     tokenizer = video_model.build_tokenizer(VOCABULARY, TEXT_TOKENS)
     live = VideoPainter(tokenizer, build_transformer(settings.heads, settings.ffn))
-    begin_from(run.start and run.start / "wan", live)
+    start_from(run.start and run.start / "wan", transformer=live.transformer, text_encoder=live.text)
     live.to(device).train()
     blocks = live.transformer.blocks
     reader = ShapeReader(blocks[len(blocks) // 2], live.transformer.proj_out.in_features).to(device)
@@ -295,7 +309,7 @@ def train_read(
 
 def train(run: Run, settings: Settings, device: torch.device, report: Report = print) -> None:
     """Train the autoencoder, unless the state has it, and the given parts."""
-    out, state, parts, workers = run.out, run.state, run.parts, run.workers
+    out, state, parts, workers, settings = run.out, run.state, run.parts, run.workers, sized(settings, run)
     state.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         work: Callable[..., Iterable[tuple[Tensor, Tensor]]] = map

@@ -1,5 +1,6 @@
 """World 2: scenes with ground truth, a judge that needs no weights, cases, and trainers that resume."""
 
+import json
 from dataclasses import replace
 from itertools import islice
 from random import Random
@@ -225,6 +226,14 @@ def test_a_training_starts_from_finished_models_of_other_sizes(tmp_path, part):
     for file in files:
         own, found = load_file(bundled / file), load_file(tmp_path / file)
         assert own.keys() == found.keys() and all(torch.equal(found[name], own[name]) for name in own)
+    names = [path.read_text(encoding="utf-8") for path in (tmp_path / part).rglob("*.json")]
+    assert not any(str(bundled) in text for text in names), "no path of this machine"
+
+
+def test_bundled_models_do_not_name_the_folder_that_they_were_trained_from():
+    files = list(WORLD2.parent.rglob("config.json"))
+    assert files
+    assert not [file for file in files if "/" in str(json.loads(file.read_text()).get("_name_or_path", ""))]
 
 
 def test_latents_grow_by_whole_files_and_are_read_back(tmp_path):
