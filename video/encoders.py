@@ -127,8 +127,10 @@ def pads(suffix: str, frame: av.VideoFrame) -> bool:
     return encoder_for(suffix, frame, False) in _NO_ODD_SIZES and _odd(frame)
 
 
-def options(codec: str, crf: int | None, mastering: Mastering | None = None) -> dict[str, str]:
-    """An encoder's options for a quality of H.264; None for lossless. mastering: of HDR, for HEVC and AV1."""
+def options(codec: str, crf: int | None, mastering: Mastering | None = None, frames: int = 3) -> dict[str, str]:
+    """An encoder's options for a quality of H.264; None for lossless. mastering: of HDR, for HEVC and AV1. frames: of
+    the clip, at least.
+    """
     lossless = crf is None
     if codec in ("ffv1", "png", "prores_ks"):
         return {"ffv1": {"level": "3", "slicecrc": "1"}, "prores_ks": {"profile": "4444"}}.get(codec, {})
@@ -136,6 +138,7 @@ def options(codec: str, crf: int | None, mastering: Mastering | None = None) -> 
         return {**({"qp": "0"} if lossless else {"crf": str(crf)}), "preset": "medium", **_steady_x264()}
     if codec == "libx265":
         how = ["log-level=none", "lossless=1" if lossless else f"crf={crf}", *_light(codec, mastering)]
+        how += ["bframes=0"] * (frames < 3)  # a busy x265 may give two frames with B-frames no timestamps
         return {"preset": "medium", "x265-params": ":".join(how)}
     if codec == "libsvtav1":
         how = ["lossless=1"] * lossless + _light(codec, mastering)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import sha256
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
 
@@ -207,18 +207,17 @@ def _encode(path: Path, frames: Iterable[Frame], how: _Stream) -> None:
     from .encoders import encodable, encoder_for, options, tag
 
     coming = iter(frames)
-    first = next(coming, None)
-    if first is None:
+    begin = list(islice(coming, 3))
+    if not begin:
         raise ValueError(f"cannot write {path.name!r}: there is no frame")
-    name = encoder_for(path.suffix.lower(), first, how.crf is None)
+    name = encoder_for(path.suffix.lower(), begin[0], how.crf is None)
+    chosen = options(name, how.crf, how.display.mastering, len(begin))
     with av.open(f"file:{path}", "w", options=settings) as file:
         file.metadata.update(how.metadata)
-        video = cast(
-            av.VideoStream, file.add_stream(name, rate=how.fps, options=options(name, how.crf, how.display.mastering))
-        )
+        video = cast(av.VideoStream, file.add_stream(name, rate=how.fps, options=chosen))
         clock = 1 / how.fps if how.times is None else Fraction(1, _CLOCK)
         track = None
-        for i, given in enumerate(chain([first], coming)):
+        for i, given in enumerate(chain(begin, coming)):
             frame = encodable(given, name)
             if i == 0:
                 video.height, video.width, video.pix_fmt = frame.height, frame.width, frame.format.name

@@ -131,7 +131,7 @@ def pictures(path, form="RGB", deep=False):
 
 HLG, PQ = 18, 16
 SCREEN = "G(13250,34500)B(7500,3000)R(34000,16000)WP(15635,16450)L(10000000,50)"
-MASTERED = {"x265-params": f"log-level=none:master-display={SCREEN}:max-cll=1000,400"}
+MASTERED = {"x265-params": f"log-level=none:master-display={SCREEN}:max-cll=1000,400:bframes=0"}
 SLOW = pytest.mark.slow
 
 
