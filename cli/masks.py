@@ -39,7 +39,7 @@ def check_masks(config: EditConfig, frames: int) -> None:
 def fitted_like(
     crop: tuple[int, int, int, int], size: tuple[int, int], clip: VideoSource | None
 ) -> Callable[[VideoSource], FittedVideo]:
-    """Crops and scales other pictures like a clip; None if it is not there, and they have its size."""
+    """A function that crops and scales pictures like a clip. Without the clip they are taken to have its size."""
     return lambda found: FittedVideo.of(found, crop if clip is None else crop_on(crop, clip.size, found.size), size)
 
 

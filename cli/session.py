@@ -193,7 +193,7 @@ def controlled(
 ) -> Model:
     """A model with the configuration's ControlNet, if any, on pictures cropped like the clip.
 
-    cut: the settings of the clip; clip: None if it is not there. Raises ValueError for a model without ControlNet
+    cut: the settings of the clip. clip: its frames, if it is there. Raises ValueError for a model without ControlNet
     support, for too few pictures, and for a range without a step.
     """
     from ..hosts.diffusers.checkpoint import quiet

@@ -128,8 +128,8 @@ def pads(suffix: str, frame: av.VideoFrame) -> bool:
 
 
 def options(codec: str, crf: int | None, mastering: Mastering | None = None, frames: int = 3) -> dict[str, str]:
-    """An encoder's options for a quality of H.264; None for lossless. mastering: of HDR, for HEVC and AV1. frames: of
-    the clip, at least.
+    """An encoder's options for a quality of H.264; None for lossless. mastering: of HDR, for HEVC and AV1. frames: the
+    clip's number, or 3 for more.
     """
     lossless = crf is None
     if codec in ("ffv1", "png", "prores_ks"):

@@ -154,7 +154,7 @@ class _Clips:
 
     @property
     def rates_differ(self) -> bool:
-        """Whether the frames of two videos are unlike far apart, as after an edit with another rate."""
+        """Whether the chosen frames of the two videos have different rates, as after an edit with --fps."""
         videos = self.original.index is not None and self.edited.index is not None and len(self.edited) > 1
         return videos and abs(self.original.fps / self.edited.fps - 1) > 0.05
 

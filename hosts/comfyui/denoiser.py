@@ -229,7 +229,7 @@ class ComfyDenoiser:
         if guidance is not None and not condition.guided:  # of the source
             away = self.predict_noise(latents, timestep, guidance.negative, guidance.control)
             return guide(away, self.predict_noise(latents, timestep, condition, control), guidance.scale)
-        branch = self._branch_of(condition)
+        branch = self._edited if condition.of_edit else self._source
         if branch.hooked.family.attention and (branch is self._source or paired is not None):
             self._check_windows(control.key_frames)
         sigma = self.noise.sigma(timestep).to(latents)
@@ -290,9 +290,6 @@ class ComfyDenoiser:
         if not all(part and part.hooks is None for part in parts) or not edit.hooked.joins(source.hooked):
             return False
         return edit.hooked.separate_calls or all(comfy.samplers.can_concat_cond(part, parts[0]) for part in parts)
-
-    def _branch_of(self, condition: HostCondition) -> _Branch:
-        return self._edited if condition.of_edit else self._source
 
     def _conditions(self, condition: Condition) -> Any:
         assert isinstance(condition, HostCondition)

@@ -130,14 +130,15 @@ class EditGuider(LoopGuider):
         return noise, latents, sigmas
 
     def inside(self, edit: Edit, mask: Any) -> Edit:
-        """An edit that changes the clip only inside the noise mask of its LATENT, which replaces the store's, unless it
-        has a mask of its own.
+        """An edit that changes the clip only inside the noise mask of its LATENT. It replaces the store's mask, but no
+        other mask of the edit.
         """
-        model, of_store = self.model_patcher, self.store.attachments.get(NOISE_MASK)
-        limited = [one for one in (of_store, mask_in_store(model, self.store.extra, mask)) if one is not None]
-        *known, found = [only_inside(model, self.store, edit, one) for one in limited]
-        own = edit.mask is not None and not any(_same_mask(edit.mask, one.mask) for one in known)
-        return edit if own else found
+        model, store = self.model_patcher, self.store
+        of_store = store.attachments.get(NOISE_MASK)
+        from_store = None if of_store is None else _limit(model, store, of_store).mask
+        if edit.mask is not None and (from_store is None or not torch.equal(edit.mask.mask, from_store)):
+            return edit
+        return only_inside(model, store, edit, mask_in_store(model, store.extra, mask))
 
     def loop(self, denoiser: ComfyDenoiser, latents: Tensor, progress: Progress) -> Tensor:
         self.done = edit_many(denoiser, Inversion(self.store), self._masked_edits, self.chunk_frames, progress=progress)
@@ -334,13 +335,13 @@ def _by_frame(samples: Tensor) -> Tensor:
 def only_inside(model: Any, store: HostStore, edit: Edit, mask: Tensor) -> Edit:
     """The edit that changes the clip only inside the mask of its LATENT, as in the host's samplers."""
     fusion = None if edit.fusion is None else edit.fusion.inside()
+    return replace(edit, fusion=fusion, mask=_limit(model, store, mask))
+
+
+def _limit(model: Any, store: HostStore, mask: Tensor) -> GivenMask:
+    """The mask of an edit from the noise mask of a LATENT or a store."""
     own = noise_of(model).mask_from_host(mask)
-    own = own if store.shapes else mask_of_latents(model, own, store.frames)
-    return replace(edit, fusion=fusion, mask=GivenMask(own, "replace"))
-
-
-def _same_mask(one: GivenMask, other: GivenMask | None) -> bool:
-    return other is not None and torch.equal(one.mask, other.mask)
+    return GivenMask(own if store.shapes else mask_of_latents(model, own, store.frames), "replace")
 
 
 def limits_video(store: HostStore, mask: Tensor) -> bool:

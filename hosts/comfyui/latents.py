@@ -114,7 +114,7 @@ def windows_of_video(model: Any, frames: int, overlap: int) -> Windows | None:
     if block is None or not frames:
         return chosen.windows(ratio)
     latents, (blocks, rest) = _latents_of(model, frames)[-1] + 1, divmod(overlap, block)
-    shared = min(blocks * (1 + (block - 1) // ratio) - (-rest // ratio), latents - 1)
+    shared = min(blocks * _latents_of_block(model) - (-rest // ratio), latents - 1)
     return Windows(latents, shared if overlap else latents // 2)
 
 
@@ -136,7 +136,7 @@ def _latents_of(model: Any, frames: int) -> list[int]:
     """
     ratio, block = _frames_per_latent(model), BLOCKS.get(type(model.model.latent_format).__name__, frames)
     parts = (divmod(frame, block) for frame in range(frames))
-    return [blocks * (1 + (block - 1) // ratio) - (-within // ratio) for blocks, within in parts]
+    return [blocks * _latents_of_block(model) - (-within // ratio) for blocks, within in parts]
 
 
 def packed_mask(model: Any, mask: Any, shapes: Shapes, sound: float) -> Tensor:
